@@ -1,0 +1,1 @@
+"""Faster and smaller Mixture-of-Experts models for PyTorch."""

@@ -1,0 +1,1 @@
+//! Expert matrices and checkpoint folders: align, cluster, merge, prune, stream.

@@ -1,0 +1,12 @@
+//! Kernels of ferromoe on borrowed slices: routing, dispatch, experts.
+//!
+//! Nothing here knows Python, CUDA or files. Every function checks its slices' lengths once, at its
+//! public entrance, and gives the same bits for any number of threads.
+
+pub mod dtype;
+pub mod error;
+pub mod permute;
+pub mod threads;
+
+pub use dtype::{Dtype, Element};
+pub use error::{Error, Result};

@@ -1,0 +1,1 @@
+//! Moving token rows to and from expert order.
