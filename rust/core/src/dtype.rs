@@ -21,7 +21,7 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// Name as torch and NumPy write it.
+    /// Name as torch and `numpy` write it.
     pub const fn name(self) -> &'static str {
         match self {
             Self::F64 => "float64",

@@ -1,1 +1,233 @@
 //! Moving token rows to and from expert order.
+//!
+//! A plan's maps come from the caller, so every index is checked before a row moves; a wrong one
+//! is an error, never an access outside.
+
+use crate::chunks::for_each_chunk;
+use crate::error::{Error, Result, check_shape};
+use crate::{Element, dtype::Accumulator};
+
+/// Bytes that pay for waking a second thread.
+const GRAIN_BYTES: usize = 64 << 10;
+
+/// The two maps of a dispatch plan.
+#[derive(Debug, Clone, Copy)]
+pub struct Maps<'a> {
+    /// Slot of each row, -1 past the last routed row. `[T * K]`
+    pub slot_of_row: &'a [i32],
+    /// Row of each slot, -1 where the slot chose no expert. `[T, K]`
+    pub row_of_slot: &'a [i32],
+    /// K.
+    pub top_k: usize,
+}
+
+impl Maps<'_> {
+    /// T.
+    pub fn tokens(&self) -> usize {
+        self.row_of_slot.len().checked_div(self.top_k).unwrap_or(0)
+    }
+
+    fn check(&self, op: &'static str) -> Result<()> {
+        let slots = self.row_of_slot.len();
+        check_shape(op, "slot_of_row", &[self.slot_of_row.len()], &[slots])?;
+        check_map(op, "slot_of_row", self.slot_of_row, slots)?;
+        check_map(op, "row_of_slot", self.row_of_slot, slots)
+    }
+}
+
+fn check_map(op: &'static str, arg: &'static str, map: &[i32], end: usize) -> Result<()> {
+    match map.iter().position(|&index| index < -1 || index >= end as i32) {
+        None => Ok(()),
+        Some(at) => Err(Error::Value {
+            op,
+            arg,
+            expected: format!("lie in -1..{}", end as i64 - 1),
+            got: format!("{} at index {at}", map[at]),
+        }),
+    }
+}
+
+/// `out[r] = x[slot_of_row[r] / top_k]`, zero past the last routed row. Rows are `row_bytes` long.
+pub fn permute(x: &[u8], row_bytes: usize, maps: Maps<'_>, out: &mut [u8]) -> Result<()> {
+    maps.check("permute")?;
+    check_shape("permute", "x", &[x.len()], &[maps.tokens() * row_bytes])?;
+    check_shape("permute", "out", &[out.len()], &[maps.slot_of_row.len() * row_bytes])?;
+    let grain = GRAIN_BYTES.div_ceil(row_bytes.max(1));
+    for_each_chunk(out, row_bytes, grain, |row, out| {
+        match usize::try_from(maps.slot_of_row[row]) {
+            Ok(slot) => {
+                let begin = slot / maps.top_k * row_bytes;
+                out.copy_from_slice(&x[begin..begin + row_bytes]);
+            }
+            Err(_) => out.fill(0),
+        }
+    });
+    Ok(())
+}
+
+/// `out[t] = Σ_k topk_weights[t, k] · y[row_of_slot[t, k]]`, k ascending, rounded once.
+///
+/// A slot that chose no expert is left out, whatever its weight. Without weights all are 1.
+pub fn unpermute<T: Element>(
+    y: &[T],
+    hidden: usize,
+    maps: Maps<'_>,
+    topk_weights: Option<&[T::Acc]>,
+    out: &mut [T],
+) -> Result<()> {
+    maps.check("unpermute")?;
+    check_shape("unpermute", "y", &[y.len()], &[maps.slot_of_row.len() * hidden])?;
+    check_shape("unpermute", "out", &[out.len()], &[maps.tokens() * hidden])?;
+    if let Some(weights) = topk_weights {
+        check_shape("unpermute", "topk_weights", &[weights.len()], &[maps.row_of_slot.len()])?;
+    }
+    let grain = GRAIN_BYTES.div_ceil((hidden * size_of::<T>()).max(1));
+    for_each_chunk(out, hidden, grain, |token, out| {
+        let slots = token * maps.top_k..(token + 1) * maps.top_k;
+        let terms = slots.filter_map(|slot| {
+            let row = usize::try_from(maps.row_of_slot[slot]).ok()?;
+            Some((&y[row * hidden..(row + 1) * hidden], topk_weights.map(|weights| weights[slot])))
+        });
+        weighted_sum(&terms, out);
+    });
+    Ok(())
+}
+
+/// Sums rows in the accumulator type, a block of columns at a time so that it stays in registers.
+fn weighted_sum<'a, T: Element>(
+    terms: &(impl Iterator<Item = (&'a [T], Option<T::Acc>)> + Clone),
+    out: &mut [T],
+) {
+    const BLOCK: usize = 64;
+    for (index, out) in out.chunks_mut(BLOCK).enumerate() {
+        let mut sum = [T::Acc::default(); BLOCK];
+        let begin = index * BLOCK;
+        for (row, weight) in terms.clone() {
+            let row = &row[begin..begin + out.len()];
+            match weight {
+                Some(weight) => {
+                    for (sum, value) in sum.iter_mut().zip(row) {
+                        *sum += weight * value.widen();
+                    }
+                }
+                None => {
+                    for (sum, value) in sum.iter_mut().zip(row) {
+                        *sum += value.widen();
+                    }
+                }
+            }
+        }
+        for (out, sum) in out.iter_mut().zip(sum) {
+            *out = T::round(sum);
+        }
+    }
+}
+
+/// Gradients of [`unpermute`]: `dy[r] = w · grad[t]` and `dw[t, k] = grad[t] · y[row]`.
+pub fn unpermute_backward<T: Element>(
+    grad: &[T],
+    y: &[T],
+    hidden: usize,
+    maps: Maps<'_>,
+    topk_weights: &[T::Acc],
+    dy: &mut [T],
+    dw: &mut [T::Acc],
+) -> Result<()> {
+    const OP: &str = "unpermute_backward";
+    maps.check(OP)?;
+    let (slots, tokens) = (maps.row_of_slot.len(), maps.tokens());
+    check_shape(OP, "grad", &[grad.len()], &[tokens * hidden])?;
+    check_shape(OP, "y", &[y.len()], &[slots * hidden])?;
+    check_shape(OP, "topk_weights", &[topk_weights.len()], &[slots])?;
+    check_shape(OP, "dy", &[dy.len()], &[slots * hidden])?;
+    check_shape(OP, "dw", &[dw.len()], &[slots])?;
+    let grain = GRAIN_BYTES.div_ceil((hidden * size_of::<T>()).max(1));
+    for_each_chunk(dy, hidden, grain, |row, dy| match usize::try_from(maps.slot_of_row[row]) {
+        Ok(slot) => {
+            let weight = topk_weights[slot];
+            let begin = slot / maps.top_k * hidden;
+            for (dy, grad) in dy.iter_mut().zip(&grad[begin..begin + hidden]) {
+                *dy = T::round(weight * grad.widen());
+            }
+        }
+        Err(_) => dy.fill(T::default()),
+    });
+    for_each_chunk(dw, 1, grain, |slot, dw| {
+        dw[0] = match usize::try_from(maps.row_of_slot[slot]) {
+            Ok(row) => {
+                let begin = slot / maps.top_k * hidden;
+                dot(&grad[begin..begin + hidden], &y[row * hidden..(row + 1) * hidden])
+            }
+            Err(_) => T::Acc::default(),
+        };
+    });
+    Ok(())
+}
+
+/// Dot product in a fixed order: 16 strided partial sums, then a tree.
+fn dot<T: Element>(a: &[T], b: &[T]) -> T::Acc {
+    const LANES: usize = 16;
+    let mut part = [T::Acc::default(); LANES];
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        for ((part, a), b) in part.iter_mut().zip(a).zip(b) {
+            *part = a.widen().mul_add(b.widen(), *part);
+        }
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            part[lane] += part[lane + width];
+        }
+        width /= 2;
+    }
+    part[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Two tokens choosing experts (1, 0) and (1, none): rows are slots 1, 0, 2.
+    const MAPS: Maps<'static> =
+        Maps { slot_of_row: &[1, 0, 2, -1], row_of_slot: &[1, 0, 2, -1], top_k: 2 };
+
+    #[test]
+    fn rows_past_the_last_routed_one_are_zero() {
+        let mut out = [9; 4];
+        permute(&[10, 20], 1, MAPS, &mut out).unwrap();
+        assert_eq!(out, [10, 10, 20, 0]);
+    }
+
+    #[test]
+    fn a_slot_without_an_expert_is_left_out_whatever_its_weight_and_row() {
+        let mut out = [0.0f32; 2];
+        let weights = [0.5, 0.25, 2.0, f32::NAN];
+        unpermute(&[1.0, 2.0, 3.0, f32::NAN], 1, MAPS, Some(&weights), &mut out).unwrap();
+        assert_eq!(out, [1.25, 6.0]);
+    }
+
+    #[test]
+    fn gradients_follow_the_maps() {
+        let (mut dy, mut dw) = ([9.0f32; 4], [9.0f32; 4]);
+        let weights = [0.5, 0.25, 2.0, 7.0];
+        let y = [1.0, 2.0, 3.0, f32::NAN];
+        unpermute_backward(&[10.0, 100.0], &y, 1, MAPS, &weights, &mut dy, &mut dw).unwrap();
+        assert_eq!(dy, [2.5, 5.0, 200.0, 0.0]);
+        assert_eq!(dw, [20.0, 10.0, 300.0, 0.0]);
+    }
+
+    #[test]
+    fn a_map_that_points_outside_is_an_error() {
+        let maps = Maps { slot_of_row: &[0, 2], row_of_slot: &[0, 1], top_k: 1 };
+        let error = permute(&[1, 2], 1, maps, &mut [0; 2]).unwrap_err();
+        assert_eq!(error.to_string(), "permute: slot_of_row must lie in -1..1, got 2 at index 1");
+    }
+
+    #[test]
+    fn a_dot_product_of_any_length_is_the_sum_of_products() {
+        for len in 0..40 {
+            let a: Vec<f32> = (0..len).map(|i| i as f32).collect();
+            assert_eq!(dot(&a, &vec![2.0; len]), a.iter().sum::<f32>() * 2.0);
+        }
+    }
+}

@@ -1,0 +1,388 @@
+//! Arrays of torch, NumPy and CuPy as checked views, and new arrays of the same kind.
+#![allow(unsafe_code, reason = "turns checked addresses into slices")]
+
+use crate::dlpack::{self, DlDataType, DlDevice, Owned};
+use crate::error::to_py;
+use ferromoe_core::{Dtype, Error};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::{intern, prelude::*};
+use std::marker::PhantomData;
+
+/// Where an array lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    Cuda(i32),
+}
+
+/// A Rust type that can stand for the elements of an array: any bit pattern is a value.
+pub trait Pod: Copy + Send + Sync + 'static {
+    const DTYPES: &'static [Dtype];
+}
+macro_rules! pod {
+    ($($type:ty: $($dtype:ident),+;)*) => {
+        $(impl Pod for $type { const DTYPES: &'static [Dtype] = &[$(Dtype::$dtype),+]; })*
+    };
+}
+pod! {
+    f64: F64;
+    f32: F32;
+    half::f16: F16;
+    half::bf16: BF16;
+    i64: I64;
+    i32: I32;
+}
+
+/// A contiguous array that an operation reads (or, inside [`Output`], writes).
+///
+/// It owns a claim on the storage, so it stays valid while the GIL is released.
+pub struct View<'py> {
+    op: &'static str,
+    arg: &'static str,
+    shape: Vec<usize>,
+    dtype: Dtype,
+    device: Device,
+    owned: Owned,
+    py: PhantomData<Bound<'py, PyAny>>,
+}
+
+impl<'py> View<'py> {
+    /// A view of `object`, which is copied first where it is not contiguous.
+    pub fn new(op: &'static str, arg: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let view = Self::any_strides(op, arg, object)?;
+        if view.is_contiguous() {
+            return Ok(view);
+        }
+        let py = object.py();
+        let copy = if object.hasattr(intern!(py, "contiguous"))? {
+            object.call_method0(intern!(py, "contiguous"))?
+        } else {
+            library(object)?.call_method1(intern!(py, "ascontiguousarray"), (object,))?
+        };
+        Self::any_strides(op, arg, &copy)
+    }
+
+    fn any_strides(
+        op: &'static str,
+        arg: &'static str,
+        object: &Bound<'py, PyAny>,
+    ) -> PyResult<Self> {
+        let refuse = |got: String| {
+            let expected = "a torch, NumPy or CuPy array".to_string();
+            to_py(Error::Type { op, arg, expected, got })
+        };
+        let class = || object.get_type().name().map_or("an object".into(), |name| name.to_string());
+        if !object.hasattr(intern!(object.py(), "__dlpack__"))? {
+            return Err(refuse(class()));
+        }
+        // What the producer says of arrays it cannot show (sparse, meta, of bit fields) is long
+        // and of its own insides.
+        let owned = Owned::new(object).map_err(|_| {
+            refuse(format!("{} whose memory cannot be shared through DLPack", class()))
+        })?;
+        let tensor = owned.tensor();
+        let dtype = dtype_of(tensor.dtype).ok_or_else(|| {
+            let name = object.getattr("dtype").map_or("?".into(), |dtype| dtype.to_string());
+            to_py(Error::Type { op, arg, expected: "of a known dtype".into(), got: name })
+        })?;
+        let device = match tensor.device.device_type {
+            kind if dlpack::CPU.contains(&kind) => Device::Cpu,
+            kind if dlpack::CUDA.contains(&kind) => Device::Cuda(tensor.device.device_id),
+            kind => return Err(refuse(format!("an array on device type {kind}"))),
+        };
+        // SAFETY: DLPack: `shape` holds `ndim` extents.
+        let shape = unsafe { slice_or_empty(tensor.shape, tensor.ndim) }
+            .iter()
+            .map(|&extent| extent as usize)
+            .collect();
+        let view = Self { op, arg, shape, dtype, device, owned, py: PhantomData };
+        if view.owned.tensor().data.is_null() && view.len() != 0 {
+            return Err(refuse(format!("{} without data", class())));
+        }
+        Ok(view)
+    }
+
+    fn is_contiguous(&self) -> bool {
+        let tensor = self.owned.tensor();
+        if tensor.strides.is_null() || self.len() == 0 {
+            return true;
+        }
+        // SAFETY: DLPack: non-null `strides` holds `ndim` entries.
+        let strides = unsafe { slice_or_empty(tensor.strides, tensor.ndim) };
+        let mut expected = 1;
+        for (&extent, &stride) in self.shape.iter().zip(strides).rev() {
+            if extent != 1 && stride != expected {
+                return false;
+            }
+            expected *= extent as i64;
+        }
+        true
+    }
+
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The array's extents, when it has `N` of them; `expected` names them for the message.
+    pub fn dims<const N: usize>(&self, expected: &str) -> PyResult<[usize; N]> {
+        self.shape.as_slice().try_into().map_err(|_| {
+            let (op, arg, got) = (self.op, self.arg, self.shape.clone());
+            to_py(Error::Shape { op, arg, expected: expected.into(), got })
+        })
+    }
+
+    /// Fails unless the array lies where `other` lies.
+    pub fn same_device(&self, other: &View<'_>) -> PyResult<()> {
+        if self.device == other.device {
+            return Ok(());
+        }
+        Err(PyValueError::new_err(format!(
+            "{}: {} must be on the device of {} ({:?}), got {:?}",
+            self.op, self.arg, other.arg, other.device, self.device
+        )))
+    }
+
+    /// The elements, row-major.
+    pub fn slice<T: Pod>(&self) -> PyResult<&[T]> {
+        let data = self.address::<T>()?;
+        // SAFETY: `address` checked dtype, alignment and device; the view is contiguous, so its
+        // len() elements lie behind each other, and `owned` keeps them alive.
+        Ok(unsafe { std::slice::from_raw_parts(data, self.len()) })
+    }
+
+    /// The elements as bytes, whatever their dtype.
+    pub fn bytes(&self) -> PyResult<&[u8]> {
+        self.on_cpu()?;
+        // SAFETY: contiguous, on the CPU, kept alive by `owned`; a byte has no alignment.
+        Ok(unsafe { std::slice::from_raw_parts(self.start(), self.len() * self.dtype.size()) })
+    }
+
+    /// The error of an array whose dtype the operation does not take.
+    pub fn type_error(&self, expected: &str) -> PyErr {
+        let (op, arg) = (self.op, self.arg);
+        to_py(Error::Type { op, arg, expected: expected.into(), got: self.dtype.name().into() })
+    }
+
+    fn on_cpu(&self) -> PyResult<()> {
+        match self.device {
+            Device::Cpu => Ok(()),
+            Device::Cuda(_) => Err(PyValueError::new_err(format!(
+                "{}: {} must be on the CPU, got {:?}",
+                self.op, self.arg, self.device
+            ))),
+        }
+    }
+
+    fn start(&self) -> *mut u8 {
+        let tensor = self.owned.tensor();
+        if self.len() == 0 {
+            // An empty array may have any address; slices want one that is aligned and not null.
+            return std::ptr::without_provenance_mut(64);
+        }
+        tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize)
+    }
+
+    fn address<T: Pod>(&self) -> PyResult<*mut T> {
+        self.on_cpu()?;
+        if !T::DTYPES.contains(&self.dtype) {
+            let names: Vec<_> = T::DTYPES.iter().map(|dtype| dtype.name()).collect();
+            return Err(self.type_error(&names.join(" or ")));
+        }
+        let data = self.start().cast::<T>();
+        if !data.is_aligned() {
+            return Err(PyValueError::new_err(format!(
+                "{}: {} must be aligned to its elements, got address {data:p}",
+                self.op, self.arg
+            )));
+        }
+        Ok(data)
+    }
+
+    fn overlaps(&self, other: &View<'_>) -> bool {
+        let span = |view: &View<'_>| {
+            let start = view.start() as usize;
+            (start, start + view.len() * view.dtype.size())
+        };
+        let (a, b) = (span(self), span(other));
+        self.device == other.device && self.len() * other.len() != 0 && a.0 < b.1 && b.0 < a.1
+    }
+}
+
+/// An array that an operation writes: the caller's `out`, or a new one of the inputs' kind.
+pub struct Output<'py> {
+    array: Bound<'py, PyAny>,
+    view: View<'py>,
+}
+
+impl<'py> Output<'py> {
+    /// A new array of `like`'s library, on its device, contents undefined.
+    pub fn empty(
+        op: &'static str,
+        like: &Bound<'py, PyAny>,
+        shape: &[usize],
+        dtype: Dtype,
+    ) -> PyResult<Self> {
+        let device = *Owned::new(like)
+            .map(|owned| owned.tensor().device)
+            .as_ref()
+            .map_err(|e| PyTypeError::new_err(format!("{op}: cannot allocate an output: {e}")))?;
+        let array = empty(like, shape, dtype, device)?;
+        let view = View::any_strides(op, "out", &array)?;
+        Ok(Self { array, view })
+    }
+
+    /// `out`, checked against what the operation writes and reads, or a new array.
+    pub fn out_or_empty(
+        op: &'static str,
+        out: Option<&Bound<'py, PyAny>>,
+        like: &Bound<'py, PyAny>,
+        shape: &[usize],
+        dtype: Dtype,
+        inputs: &[&View<'_>],
+    ) -> PyResult<Self> {
+        let Some(array) = out else { return Self::empty(op, like, shape, dtype) };
+        let view = View::any_strides(op, "out", array)?;
+        ferromoe_core::error::check_shape(op, "out", view.shape(), shape).map_err(to_py)?;
+        if view.dtype != dtype {
+            return Err(view.type_error(dtype.name()));
+        }
+        let wrong = if !view.is_contiguous() {
+            "be contiguous, got a strided array"
+        } else if view.owned.read_only() {
+            "be writable, got a read-only array"
+        } else if inputs.iter().any(|input| view.overlaps(input)) {
+            "have memory of its own, got an array that overlaps an input"
+        } else {
+            if let Some(input) = inputs.first() {
+                view.same_device(input)?;
+            }
+            return Ok(Self { array: array.clone(), view });
+        };
+        Err(PyValueError::new_err(format!("{op}: out must {wrong}")))
+    }
+
+    /// The elements to write, row-major.
+    pub fn slice_mut<T: Pod>(&mut self) -> PyResult<&mut [T]> {
+        let data = self.view.address::<T>()?;
+        // SAFETY: as in `View::slice`; the array is new, or `out` was checked to overlap no input,
+        // and `&mut self` makes this its only slice.
+        Ok(unsafe { std::slice::from_raw_parts_mut(data, self.view.len()) })
+    }
+
+    /// The elements to write, as bytes.
+    pub fn bytes_mut(&mut self) -> PyResult<&mut [u8]> {
+        self.view.on_cpu()?;
+        let len = self.view.len() * self.view.dtype.size();
+        // SAFETY: as in `slice_mut`; a byte has no alignment.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.view.start(), len) })
+    }
+
+    pub fn into_array(self) -> Bound<'py, PyAny> {
+        self.array
+    }
+}
+
+fn empty<'py>(
+    like: &Bound<'py, PyAny>,
+    shape: &[usize],
+    dtype: Dtype,
+    device: DlDevice,
+) -> PyResult<Bound<'py, PyAny>> {
+    let extents: Vec<i64> = shape.iter().map(|&extent| extent as i64).collect();
+    if let Some(array) = dlpack::allocate(like, &extents, dl_dtype(dtype), device)? {
+        return Ok(array);
+    }
+    // torch before 2.10, NumPy, CuPy.
+    let (py, module) = (like.py(), library(like)?);
+    let name = module.getattr(dtype.name())?;
+    if like.hasattr(intern!(py, "new_empty"))? {
+        let keywords = pyo3::types::PyDict::new(py);
+        keywords.set_item("dtype", name)?;
+        return like.call_method(intern!(py, "new_empty"), (extents,), Some(&keywords));
+    }
+    module.call_method1(intern!(py, "empty"), (extents, name))
+}
+
+/// The package that an array's class comes from.
+fn library<'py>(array: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyModule>> {
+    let module = array.get_type().module()?.to_string();
+    array.py().import(module.split('.').next().unwrap_or_default())
+}
+
+/// # Safety
+///
+/// `data` points at `len` extents, or is null when `len` is 0.
+unsafe fn slice_or_empty<'a>(data: *const i64, len: i32) -> &'a [i64] {
+    if len == 0 {
+        return &[];
+    }
+    // SAFETY: by this function's contract.
+    unsafe { std::slice::from_raw_parts(data, len as usize) }
+}
+
+/// DLPack's type codes, with the number of bits.
+const CODES: [(Dtype, u8, u8); 12] = [
+    (Dtype::I8, 0, 8),
+    (Dtype::I16, 0, 16),
+    (Dtype::I32, 0, 32),
+    (Dtype::I64, 0, 64),
+    (Dtype::U8, 1, 8),
+    (Dtype::F16, 2, 16),
+    (Dtype::F32, 2, 32),
+    (Dtype::F64, 2, 64),
+    (Dtype::BF16, 4, 16),
+    (Dtype::Bool, 6, 8),
+    (Dtype::F8E4M3, 10, 8),
+    (Dtype::F8E5M2, 12, 8),
+];
+
+fn dtype_of(dtype: DlDataType) -> Option<Dtype> {
+    CODES
+        .iter()
+        .find(|(_, code, bits)| (*code, *bits, 1) == (dtype.code, dtype.bits, dtype.lanes))
+        .map(|(dtype, ..)| *dtype)
+}
+
+fn dl_dtype(dtype: Dtype) -> DlDataType {
+    let (_, code, bits) =
+        CODES.into_iter().find(|(known, ..)| *known == dtype).expect("CODES lists every Dtype");
+    DlDataType { code, bits, lanes: 1 }
+}
+
+/// Runs `$body` with the type alias `$T` set to the Rust type of a floating-point dtype.
+#[macro_export]
+macro_rules! with_float {
+    ($view:expr, $T:ident, $body:expr) => {
+        match $view.dtype() {
+            ferromoe_core::Dtype::F32 => {
+                type $T = f32;
+                $body
+            }
+            ferromoe_core::Dtype::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            ferromoe_core::Dtype::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            ferromoe_core::Dtype::F64 => {
+                type $T = f64;
+                $body
+            }
+            _ => return Err($view.type_error("float32, bfloat16, float16 or float64")),
+        }
+    };
+}
