@@ -1,0 +1,160 @@
+"""Which route a call takes: torch's dispatcher, autograd, or straight into the compiled code.
+
+An operation is declared once, as an `Operator`; this file makes its three routes of it:
+
+1. while a graph is traced, or for anything that is not a plain tensor (fake, meta, subclasses,
+   functorch, an active mode): the operator registered with `torch.library`;
+2. when a gradient is needed: an `autograd.Function`;
+3. otherwise: the compiled kernel, called directly, a few microseconds cheaper than 1 and 2.
+
+torch is never imported from here: no torch tensor can arrive before the caller imported torch, and
+what needs it stands in `_torch.py`, loaded with the first such tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+BACKENDS = ("reference", "cpu", "cuda")
+_backend: ContextVar[str | None] = ContextVar("ferromoe_backend", default=None)
+_torch_side: ModuleType | None = None  # ferromoe._torch, once torch is there
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose what computes the operations inside a `with` block.
+
+    Parameters
+    ----------
+    name : {"reference", "cpu", "cuda"}
+        ``"reference"`` runs the specification in plain PyTorch, the first thing to try when a
+        number looks wrong. ``"cpu"`` is what CPU tensors take anyway. ``"cuda"`` runs the CUDA
+        kernels also where no chip has verified them yet; without it CUDA tensors take the PyTorch
+        path until their kernels are on the list of verified ones.
+
+    Examples
+    --------
+    >>> with ferromoe.use_backend("reference"):
+    ...     plan = ferromoe.dispatch(torch.tensor([[1, 0]]), num_experts=2)
+    >>> plan.slot_of_row
+    tensor([1, 0], dtype=torch.int32)
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def current_backend() -> str | None:
+    """Return the name given to the innermost `use_backend`, or None."""
+    return _backend.get()
+
+
+def torch_side() -> ModuleType | None:
+    """Return `ferromoe._torch` if the caller has imported torch, registering the operators once."""
+    global _torch_side
+    if _torch_side is None and "torch" in sys.modules:
+        from . import _torch
+
+        _torch_side = _torch
+        for operator in Operator.declared:
+            _torch.register(operator)
+    return _torch_side
+
+
+class Operator:
+    """One operation of the compiled module, with everything the three routes need.
+
+    Parameters
+    ----------
+    name : str
+        Name in messages and in ``torch.ops.ferromoe``.
+    schema : str
+        Arguments and results in torch's schema language, without the name.
+    kernel : callable
+        The compiled function: takes the arguments in the schema's order.
+    reference : callable
+        The same in plain, differentiable PyTorch.
+    fake : callable
+        Makes outputs of the right shape and dtype without computing them.
+    save : callable, optional
+        ``save(args, outputs)`` gives what the backward needs.
+    backward : callable, optional
+        ``backward(saved, needs, *grads)`` gives one gradient per argument (a list for a list of
+        tensors, None where there is none); ``needs`` says which arguments want one. It calls other
+        operators, so it works on every route. Without it the operator has no gradient, and asking
+        for one is an error.
+    """
+
+    declared: ClassVar[list[Operator]] = []
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        schema: str,
+        kernel: Callable[..., Any],
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        save: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None,
+        backward: Callable[..., Sequence[Any]] | None = None,
+    ) -> None:
+        self.name = name
+        self.schema = schema
+        self.kernel = kernel
+        self.reference = reference
+        self.fake = fake
+        self.save = save
+        self.backward = backward
+        self.registered: Callable[..., Any] = kernel  # torch.ops.ferromoe.<name>, once it exists
+        Operator.declared.append(self)
+        if _torch_side is not None:
+            _torch_side.register(self)
+
+    def __call__(self, *args: Any) -> Any:
+        side = _torch_side or torch_side()
+        if side is None:
+            return self.kernel(*args)
+        # Tracing first: dynamo folds it to a constant and then sees none of the rest.
+        if side.is_compiling():
+            return self.registered(*args)
+        route = side.route_of(args)
+        if route == "direct":
+            return self.kernel(*args)
+        if route == "dispatcher":
+            return self.registered(*args)
+        if _backend.get() == "reference" or route == "torch":
+            return side.run_reference(self, args)
+        if route == "autograd":
+            return side.differentiable(self, args)
+        return self.kernel(*args)
+
+    def into(self, out: Any, *args: Any) -> Any:
+        """Run the kernel with its result written into `out`."""
+        side = torch_side()
+        if side is None or side.route_of(args) in ("direct", "arrays"):
+            if _backend.get() != "reference":
+                return self.kernel(*args, out)
+            result = self(*args)
+            out[...] = result
+            return out
+        raise ValueError(
+            f"{self.name}: out must be left out where a gradient is needed or a graph is traced, "
+            f"got {type(out).__name__}"
+        )
+
+
+if "torch" in sys.modules:
+    # torch came first: the operators exist from the start, also for a first call inside
+    # torch.compile. (Operators declared later register themselves.)
+    torch_side()

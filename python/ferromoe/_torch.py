@@ -1,0 +1,198 @@
+"""Everything that needs torch: registered operators, autograd, and the choice between them.
+
+The one file that knows `torch.library` and `torch.autograd`; loaded with the first torch tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import _core
+from ._op import current_backend
+
+if TYPE_CHECKING:
+    from ._op import Operator
+
+is_compiling = torch.compiler.is_compiling
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_library = torch.library.Library("ferromoe", "DEF")
+
+if hasattr(_core, "use_torch_team"):
+    _core.use_torch_team()
+
+
+def tensors_in(args: Sequence[Any]) -> list[Any]:
+    """Return the arrays among the arguments, those inside lists too, in order."""
+    found = []
+    for arg in args:
+        if type(arg) in _PLAIN:
+            found.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            found.extend(arg)
+        elif hasattr(arg, "__dlpack__"):
+            found.append(arg)
+    return found
+
+
+def route_of(args: Sequence[Any]) -> str:
+    """Return the route of a call with these arguments.
+
+    ``direct``: plain CPU tensors, no gradient. ``autograd``: the same with a gradient.
+    ``torch``: plain tensors of a device (or backend) whose path is PyTorch itself.
+    ``dispatcher``: anything else that is a tensor. ``arrays``: no tensor at all.
+    """
+    grad_enabled = torch.is_grad_enabled()
+    backend = current_backend()
+    route = "arrays"
+    for tensor in tensors_in(args):
+        if type(tensor) not in _PLAIN:
+            if isinstance(tensor, torch.Tensor):
+                return "dispatcher"
+            continue
+        if tensor.is_neg():
+            return "dispatcher"  # which resolves the lazy minus sign; memory does not show it
+        if not tensor.is_cpu and not (tensor.is_cuda and backend == "cuda"):
+            if tensor.is_meta:
+                return "dispatcher"
+            route = "torch"
+        elif route != "torch" and (route == "autograd" or (grad_enabled and tensor.requires_grad)):
+            route = "autograd"
+        elif route == "arrays":
+            route = "direct"
+    if route == "arrays":
+        return route
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return "dispatcher"
+    if route == "direct" and backend == "reference":
+        return "torch"
+    return route
+
+
+def run_reference(operator: Operator, args: Sequence[Any]) -> Any:
+    """Run the specification; NumPy arrays go through torch and come back as NumPy arrays."""
+    arrays = [a for a in tensors_in(args) if not isinstance(a, torch.Tensor)]
+    if not arrays:
+        return operator.reference(*args)
+    outputs = operator.reference(*(_as_torch(arg) for arg in args))
+    if isinstance(outputs, tuple):
+        return tuple(output.numpy() for output in outputs)
+    return outputs.numpy()
+
+
+def _as_torch(arg: Any) -> Any:
+    if isinstance(arg, (list, tuple)):
+        return [_as_torch(item) for item in arg]
+    return torch.utils.dlpack.from_dlpack(arg) if hasattr(arg, "__dlpack__") else arg
+
+
+def register(operator: Operator) -> None:
+    """Declare the operator to torch: schema, implementation, fake, gradient."""
+    name = f"ferromoe::{operator.name}"
+    _library.define(operator.name + operator.schema)
+
+    def implementation(*args: Any) -> Any:
+        # Below autograd and every mode: plain tensors arrive here.
+        return run_reference(operator, args) if _by_torch(args) else operator.kernel(*args)
+
+    _library.impl(operator.name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, operator.fake, lib=_library)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _save(ctx, operator, inputs, output)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return tuple(_gradients(ctx, operator, grads, ctx.needs_input_grad))
+
+    torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
+    operator.registered = getattr(torch.ops.ferromoe, operator.name).default
+
+
+def _by_torch(args: Sequence[Any]) -> bool:
+    backend = current_backend()
+    if backend == "reference":
+        return True
+    return any(not t.is_cpu and not (t.is_cuda and backend == "cuda") for t in tensors_in(args))
+
+
+def _save(ctx: Any, operator: Operator, args: Sequence[Any], outputs: Any) -> None:
+    """Keep what the backward asked for: tensors through autograd, the rest as it is."""
+    saved = operator.save(args, outputs) if operator.save is not None else ()
+    flat: list[Any] = []
+    layout: list[Any] = []
+    for item in saved:
+        if isinstance(item, torch.Tensor):
+            layout.append("tensor")
+            flat.append(item)
+        elif isinstance(item, (list, tuple)) and any(isinstance(t, torch.Tensor) for t in item):
+            layout.append(len(item))
+            flat.extend(item)
+        else:
+            layout.append((item,))
+    ctx.save_for_backward(*flat)
+    ctx.ferromoe_layout = layout
+
+
+def _gradients(
+    ctx: Any, operator: Operator, grads: Sequence[Any], needs: Sequence[Any]
+) -> Sequence[Any]:
+    if operator.backward is None:
+        raise RuntimeError(f"{operator.name}: must not be differentiated, got a second backward")
+    flat = iter(ctx.saved_tensors)
+    saved: list[Any] = []
+    for kind in ctx.ferromoe_layout:
+        if kind == "tensor":
+            saved.append(next(flat))
+        elif isinstance(kind, int):
+            saved.append([next(flat) for _ in range(kind)])
+        else:
+            saved.append(kind[0])
+    wanted = tuple(any(need) if isinstance(need, (list, tuple)) else bool(need) for need in needs)
+    return operator.backward(saved, wanted, *grads)
+
+
+def differentiable(operator: Operator, args: Sequence[Any]) -> Any:
+    """Run the kernel under autograd."""
+    # autograd.Function looks for tensors among its direct arguments only: lists are spread out.
+    layout = [len(a) if isinstance(a, (list, tuple)) else None for a in args]
+    flat: list[Any] = []
+    for arg in args:
+        flat.extend(arg) if isinstance(arg, (list, tuple)) else flat.append(arg)
+    return _Function.apply(operator, layout, *flat)  # type: ignore[no-untyped-call]
+
+
+def _gather(layout: Sequence[int | None], flat: Sequence[Any]) -> list[Any]:
+    """Undo the spreading of lists."""
+    items = iter(flat)
+    return [next(items) if n is None else [next(items) for _ in range(n)] for n in layout]
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, layout: list[int | None], *flat: Any) -> Any:
+        args = _gather(layout, flat)
+        outputs = operator.kernel(*args)
+        _save(ctx, operator, args, outputs)
+        ctx.ferromoe_call = operator, layout
+        produced = outputs if isinstance(outputs, tuple) else (outputs,)
+        ctx.mark_non_differentiable(*(o for o in produced if not o.is_floating_point()))
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        operator, layout = ctx.ferromoe_call
+        needs = _gather(layout, ctx.needs_input_grad[2:])
+        flat: list[Any] = [None, None]
+        for n, grad in zip(layout, _gradients(ctx, operator, grads, needs), strict=True):
+            if n is None:
+                flat.append(grad)
+            else:
+                flat.extend(grad if grad else [None] * n)
+        return tuple(flat)

@@ -1,0 +1,154 @@
+"""Moving token rows to and from expert order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import _core
+from ._op import Operator
+from .types import Dispatch
+
+
+def _reference(name: str) -> Any:
+    """Look the specification up when it runs: it imports torch, which may not be there."""
+
+    def run(*args: Any) -> Any:
+        from .reference import dispatch as reference
+
+        return getattr(reference, name)(*args)
+
+    return run
+
+
+def _permute_backward(saved: Sequence[Any], needs: Sequence[bool], grad: Any) -> Sequence[Any]:
+    slot_of_row, row_of_slot = saved
+    return _unpermute(grad, slot_of_row, row_of_slot, None), None, None
+
+
+_permute = Operator(
+    "permute",
+    schema="(Tensor x, Tensor slot_of_row, Tensor row_of_slot) -> Tensor",
+    kernel=_core.permute,
+    reference=_reference("permute"),
+    fake=lambda x, slot_of_row, row_of_slot: x.new_empty(slot_of_row.shape[0], x.shape[1]),
+    save=lambda args, _: args[1:],
+    backward=_permute_backward,
+)
+
+
+def _unpermute_gradients(saved: Sequence[Any], needs: Sequence[bool], grad: Any) -> Sequence[Any]:
+    y, slot_of_row, row_of_slot, topk_weights = saved
+    if topk_weights is None:
+        return _permute(grad, slot_of_row, row_of_slot), None, None, None
+    dy, dw = _unpermute_backward(grad, y, slot_of_row, row_of_slot, topk_weights)
+    return dy, None, None, dw.to(topk_weights.dtype)
+
+
+_unpermute = Operator(
+    "unpermute",
+    schema="(Tensor y, Tensor slot_of_row, Tensor row_of_slot, Tensor? topk_weights) -> Tensor",
+    kernel=_core.unpermute,
+    reference=_reference("unpermute"),
+    fake=lambda y, slot_of_row, row_of_slot, w: y.new_empty(row_of_slot.shape[0], y.shape[1]),
+    # The rows are needed for the weights' gradient only.
+    save=lambda args, _: args if args[3] is not None else (None, *args[1:]),
+    backward=_unpermute_gradients,
+)
+
+
+def _fake_unpermute_backward(grad: Any, y: Any, slots: Any, rows: Any, weights: Any) -> Any:
+    import torch
+
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return y.new_empty(y.shape), weights.new_empty(weights.shape, dtype=wide)
+
+
+_unpermute_backward = Operator(
+    "unpermute_backward",
+    schema="(Tensor grad, Tensor y, Tensor slot_of_row, Tensor row_of_slot, Tensor topk_weights)"
+    " -> (Tensor, Tensor)",
+    kernel=_core.unpermute_backward,
+    reference=_reference("unpermute_backward"),
+    fake=_fake_unpermute_backward,
+)
+
+
+def permute(x: Any, plan: Dispatch, *, out: Any = None) -> Any:
+    """Copy token rows into expert order.
+
+    Each expert's rows end up adjacent, which is the layout `grouped_matmul` reads.
+
+    Parameters
+    ----------
+    x : Tensor [T, H]
+        Token rows of any dtype: a torch tensor or a NumPy array.
+    plan : Dispatch
+        Where the rows go.
+    out : Tensor [T * K, H], optional
+        Contiguous memory for the result; only where no gradient is needed.
+
+    Returns
+    -------
+    Tensor [T * K, H]
+        Row `r < expert_offsets[E]` is ``x[plan.slot_of_row[r] // K]``; later rows are zero.
+
+    Raises
+    ------
+    ValueError
+        If `x` has another number of rows than the plan has tokens.
+
+    See Also
+    --------
+    unpermute : Sums the rows back per token, weighted.
+
+    Examples
+    --------
+    >>> plan = ferromoe.dispatch(torch.tensor([[1, 0], [1, 2]]), num_experts=3)
+    >>> ferromoe.permute(torch.tensor([[10.0], [20.0]]), plan).flatten()
+    tensor([10., 10., 20., 20.])
+    """
+    if out is None:
+        return _permute(x, plan.slot_of_row, plan.row_of_slot)
+    return _permute.into(out, x, plan.slot_of_row, plan.row_of_slot)
+
+
+def unpermute(y: Any, plan: Dispatch, topk_weights: Any = None, *, out: Any = None) -> Any:
+    """Sum the rows of each token back, weighted.
+
+    Parameters
+    ----------
+    y : Tensor [T * K, H]
+        Rows in expert order, float32, bfloat16, float16 or float64.
+    plan : Dispatch
+        Where the rows came from.
+    topk_weights : Tensor [T, K], optional
+        Weight of each slot, of any floating dtype; 1 without it.
+    out : Tensor [T, H], optional
+        Contiguous memory for the result; only where no gradient is needed.
+
+    Returns
+    -------
+    Tensor [T, H]
+        ``sum over k of topk_weights[t, k] * y[plan.row_of_slot[t, k]]``, k ascending, accumulated
+        in float32 and rounded once. A slot that chose no expert is left out.
+
+    Raises
+    ------
+    ValueError
+        If a shape does not fit the plan.
+
+    See Also
+    --------
+    permute : The way there.
+
+    Examples
+    --------
+    >>> plan = ferromoe.dispatch(torch.tensor([[1, 0], [1, 2]]), num_experts=3)
+    >>> rows = torch.tensor([[1.0], [2.0], [3.0], [4.0]])  # of experts 0, 1, 1, 2
+    >>> ferromoe.unpermute(rows, plan, torch.tensor([[0.5, 0.5], [1.0, 0.0]])).flatten()
+    tensor([1.5000, 3.0000])
+    """
+    if out is None:
+        return _unpermute(y, plan.slot_of_row, plan.row_of_slot, topk_weights)
+    return _unpermute.into(out, y, plan.slot_of_row, plan.row_of_slot, topk_weights)

@@ -1,0 +1,22 @@
+"""How close is close enough."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_as_accurate(out: Tensor, torch_out: Tensor, exact: Tensor) -> None:
+    """Fail if `out` is more than twice as far from `exact` as `torch_out` is.
+
+    `torch_out` is plain PyTorch at the dtype under test, `exact` the same in float64.
+    """
+    assert out.dtype == torch_out.dtype
+    assert out.shape == exact.shape
+    rounding = torch.finfo(out.dtype).eps * largest(exact)
+    assert largest(out - exact) <= 2 * largest(torch_out - exact) + rounding
+
+
+def largest(values: Tensor) -> float:
+    """Largest magnitude, 0 for an empty tensor."""
+    return float(values.abs().max()) if values.numel() else 0.0
