@@ -6,6 +6,7 @@
 pub mod chunks;
 pub mod dtype;
 pub mod error;
+pub mod limits;
 pub mod permute;
 pub mod threads;
 

@@ -5,12 +5,15 @@ use pyo3::prelude::*;
 
 mod dlpack;
 mod error;
+mod limits;
 mod permute;
 mod run;
 mod tensor;
 
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::limits::measure_limits;
     #[pymodule_export]
     use super::permute::{permute, unpermute, unpermute_backward};
     #[pymodule_export]
