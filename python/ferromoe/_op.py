@@ -63,7 +63,8 @@ def current_backend() -> str | None:
 def torch_side() -> ModuleType | None:
     """Return `ferromoe._torch` if the caller has imported torch, registering the operators once."""
     global _torch_side
-    if _torch_side is None and "torch" in sys.modules:
+    # None stands there where an import of torch is blocked.
+    if _torch_side is None and sys.modules.get("torch") is not None:
         from . import _torch
 
         _torch_side = _torch
@@ -140,21 +141,20 @@ class Operator:
         return self.kernel(*args)
 
     def into(self, out: Any, *args: Any) -> Any:
-        """Run the kernel with its result written into `out`."""
+        """Run the operation with its result written into `out`."""
         side = torch_side()
-        if side is None or side.route_of(args) in ("direct", "arrays"):
-            if _backend.get() != "reference":
-                return self.kernel(*args, out)
-            result = self(*args)
-            out[...] = result
+        route = "arrays" if side is None else side.route_of((*args, out))
+        if route == "torch" or _backend.get() == "reference":
+            out[...] = self(*args)
             return out
+        if route in ("direct", "arrays"):
+            return self.kernel(*args, out)
         raise ValueError(
             f"{self.name}: out must be left out where a gradient is needed or a graph is traced, "
             f"got {type(out).__name__}"
         )
 
 
-if "torch" in sys.modules:
-    # torch came first: the operators exist from the start, also for a first call inside
-    # torch.compile. (Operators declared later register themselves.)
-    torch_side()
+# If torch came first, the operators exist from the start, also for a first call inside
+# torch.compile. (Operators declared later register themselves.)
+torch_side()

@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 
 mod dlpack;
 mod error;
-mod limits;
+mod machine;
 mod permute;
 mod run;
 mod tensor;
@@ -13,7 +13,7 @@ mod tensor;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::limits::measure_limits;
+    use super::machine::{build_profile, cpu_features, measure_limits};
     #[pymodule_export]
     use super::permute::{permute, unpermute, unpermute_backward};
     #[pymodule_export]

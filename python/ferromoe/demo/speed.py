@@ -1,0 +1,83 @@
+"""The demo's second half: one layer of experts of a published size, ours against transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .layer import draw_batch, experts_hit, experts_module, run
+from .limits import Limits
+from .shapes import Shape
+from .timing import interleaved
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+IMPLEMENTATIONS = ("ferromoe", "eager", "grouped_mm")
+
+
+@dataclass
+class Timing:
+    """Times of one batch size, in seconds per call."""
+
+    what: str
+    tokens: int
+    seconds: dict[str, float]
+    limit: float
+    """The least time the machine's measured rates allow."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Relative distance of each implementation's result from float64."""
+
+    def ratio(self, other: str) -> float:
+        """Return how many times faster ours is than `other`."""
+        return self.seconds[other] / self.seconds["ferromoe"]
+
+
+def measure(
+    shape: Shape,
+    limits: Limits,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: dict[str, int] | None = None,
+    budget_seconds: float = 8.0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Timing]:
+    """Time decode and prefill, all implementations in turns."""
+    name = str(dtype).removeprefix("torch.")
+    with torch.inference_mode():
+        progress(f"{shape}: {shape.num_experts} random experts, {name}")
+        module = experts_module(shape, dtype)
+        timings = []
+        for what, count in (tokens or {"decode": 1, "prefill": 256}).items():
+            progress(f"{shape}: {what}, {count} token{'s' if count > 1 else ''}")
+            generator = torch.Generator().manual_seed(0)
+            # Batches that hit different experts: one batch would leave its own in the cache.
+            batches = [draw_batch(shape, count, dtype, generator) for _ in range(16)]
+            if count >= 64:
+                batches = batches[:2]
+            ways = {way: _calls(module, way, batches) for way in IMPLEMENTATIONS}
+            seconds = interleaved(ways, budget_seconds=budget_seconds)
+            hit = sum(experts_hit(ids) for _, ids, _ in batches) / len(batches)
+            timing = Timing(what, count, seconds, limits.seconds(shape, count, hit, name))
+            timing.errors = _errors(module, batches[0])
+            timings.append(timing)
+    return timings
+
+
+def _calls(module: Any, way: str, batches: list[Batch]) -> Callable[[int], Any]:
+    return lambda i: run(module, way, *batches[i % len(batches)])
+
+
+def _errors(module: Any, batch: Batch) -> dict[str, float]:
+    """Compare the first tokens' results with float64, one expert at a time to save memory."""
+    x, ids, weights = (part[:4] for part in batch)
+    first = module.gate_up_proj if module.has_gate else module.up_proj
+    exact = torch.zeros(len(x), x.shape[1], dtype=torch.float64)
+    for token, slot in torch.cartesian_prod(torch.arange(len(x)), torch.arange(ids.shape[1])):
+        expert = ids[token, slot]
+        hidden = first[expert].double() @ x[token].double()
+        hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+        exact[token] += weights[token, slot] * (module.down_proj[expert].double() @ hidden)
+    results = {way: run(module, way, x, ids, weights).double() for way in IMPLEMENTATIONS}
+    return {way: float((out - exact).norm() / exact.norm()) for way, out in results.items()}

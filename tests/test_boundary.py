@@ -1,0 +1,150 @@
+"""Arrays across the boundary: what is accepted, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import ferromoe
+from cases import plan_of
+
+IDS = torch.tensor([[1, 0], [1, 2]])
+PLAN = plan_of(IDS, 3)
+X = torch.tensor([[10.0, 1.0], [20.0, 2.0]])
+PERMUTED = torch.tensor([[10.0, 1.0], [10.0, 1.0], [20.0, 2.0], [20.0, 2.0]])
+
+
+def test_out_is_written_and_returned() -> None:
+    out = torch.empty(4, 2)
+    assert ferromoe.permute(X, PLAN, out=out) is out
+    assert torch.equal(out, PERMUTED)
+
+
+def test_out_under_the_reference_backend() -> None:
+    out = torch.empty(4, 2)
+    with ferromoe.use_backend("reference"):
+        assert ferromoe.permute(X, PLAN, out=out) is out
+    assert torch.equal(out, PERMUTED)
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (torch.empty(3, 2), ValueError, r"permute: out must have shape \[4, 2\], got \[3, 2\]"),
+        (torch.empty(4, 2).half(), TypeError, "permute: out must be float32, got float16"),
+        (torch.empty(2, 4).T, ValueError, "permute: out must be contiguous, got a strided array"),
+        (torch.empty(4, 2, device="meta"), ValueError, "permute: out must be left out"),
+        ([[1.0]], TypeError, "permute: out must be a torch, NumPy or CuPy array, got list"),
+    ],
+)
+def test_a_wrong_out_is_refused(out: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ferromoe.permute(X, PLAN, out=out)
+
+
+def test_out_that_overlaps_an_input_is_refused() -> None:
+    memory = torch.zeros(5, 2)
+    with pytest.raises(ValueError, match="out must have memory of its own"):
+        ferromoe.permute(memory[:2], PLAN, out=memory[1:])
+
+
+def test_a_read_only_out_is_refused() -> None:
+    plan = ferromoe.Dispatch(*(field.numpy() for field in PLAN))
+    out = np.empty((4, 2), dtype=np.float32)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out must be writable, got a read-only array"):
+        ferromoe.permute(X.numpy(), plan, out=out)
+
+
+def test_read_only_inputs_are_fine() -> None:
+    plan = ferromoe.Dispatch(*(field.numpy() for field in PLAN))
+    x = X.numpy().copy()
+    x.flags.writeable = False
+    np.testing.assert_array_equal(ferromoe.permute(x, plan), PERMUTED.numpy())
+
+
+def test_out_where_a_gradient_is_needed_is_refused() -> None:
+    with pytest.raises(ValueError, match="out must be left out where a gradient is needed"):
+        ferromoe.permute(X.clone().requires_grad_(), PLAN, out=torch.empty(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (X.to_sparse(), "permute: x must be a torch, NumPy or CuPy array, got Tensor whose memory"),
+        ([[1.0, 2.0]], "permute: x must be a torch, NumPy or CuPy array, got list"),
+        (X.to(torch.complex64), "permute: x must be of a known dtype, got torch.complex64"),
+    ],
+)
+def test_what_is_no_dense_array_is_refused(x: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ferromoe.permute(x, PLAN)
+
+
+def test_a_wrong_number_of_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"permute: x must have shape \[2, 2\], got \[3, 2\]"):
+        ferromoe.permute(torch.zeros(3, 2), PLAN)
+
+
+def test_a_plan_that_points_outside_is_refused() -> None:
+    plan = PLAN._replace(slot_of_row=torch.tensor([0, 1, 2, 9], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"slot_of_row must lie in -1\.\.3, got 9 at index 3"):
+        ferromoe.permute(X, plan)
+
+
+def test_a_plan_of_another_dtype_is_refused() -> None:
+    plan = PLAN._replace(slot_of_row=PLAN.slot_of_row.long())
+    with pytest.raises(TypeError, match="slot_of_row must be int32, got int64"):
+        ferromoe.permute(X, plan)
+
+
+def test_a_lazy_minus_sign_is_resolved() -> None:
+    z = torch.complex(X, X).conj()
+    assert z.imag.is_neg()
+    assert torch.equal(ferromoe.permute(z.imag, PLAN), -PERMUTED)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.float64]
+)
+def test_permute_moves_any_dtype(dtype: torch.dtype) -> None:
+    x = torch.tensor([[1, 0], [0, 1]]).to(dtype)
+    out = ferromoe.permute(x, PLAN)
+    assert out.dtype == dtype
+    assert torch.equal(out.float(), x.float().repeat_interleave(2, 0))
+
+
+def test_a_tensor_subclass_takes_the_dispatcher() -> None:
+    class Tagged(torch.Tensor):
+        pass
+
+    out = ferromoe.permute(X.as_subclass(Tagged), PLAN)
+    assert type(out) is Tagged
+    assert torch.equal(out.as_subclass(torch.Tensor), PERMUTED)
+
+
+def test_vmap_and_fake_tensors_work() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        fake = ferromoe.permute(
+            mode.from_tensor(X), ferromoe.Dispatch(*map(mode.from_tensor, PLAN))
+        )
+    assert fake.shape == (4, 2)
+
+
+@pytest.mark.parametrize("name", ["permute", "unpermute"])
+def test_registered_operators_pass_torchs_own_check(name: str) -> None:
+    args = [torch.randn(4 if name == "unpermute" else 2, 3, requires_grad=True), *PLAN[1:]]
+    if name == "unpermute":
+        args.append(torch.rand(2, 2, requires_grad=True))
+    torch.library.opcheck(getattr(torch.ops.ferromoe, name).default, args)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with (
+        pytest.raises(ValueError, match="name must be one of reference, cpu, cuda, got 'tpu'"),
+        ferromoe.use_backend("tpu"),
+    ):
+        pass
