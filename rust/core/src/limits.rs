@@ -50,7 +50,7 @@ pub fn read_bandwidth(time: Duration) -> Rate {
     // Larger than any last-level cache share of one thread.
     const WORDS: usize = 64 << 20 >> 3;
     let teams = threads::num_threads().max(1);
-    let mut words = vec![0u64; WORDS * teams];
+    let mut words = crate::arena::take::<u64>(WORDS * teams);
     words.fill(1);
     let words = &words[..];
     let passes = |until: &dyn Fn() -> bool| {
