@@ -3,6 +3,7 @@
 //! Nothing here knows Python, CUDA or files. Every function checks its slices' lengths once, at its
 //! public entrance, and gives the same bits for any number of threads.
 
+pub mod arena;
 pub mod chunks;
 pub mod dtype;
 pub mod error;
