@@ -1,9 +1,43 @@
-"""Moving token rows to and from expert order, in plain PyTorch."""
+"""Sorting slots by expert, and moving token rows to and from that order, in plain PyTorch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def dispatch(
+    topk_ids: Tensor, num_experts: int, sentinel: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`expert_offsets`, `slot_of_row` and `row_of_slot` of a plan."""
+    ids = topk_ids.flatten().long()
+    valid = (ids >= 0) & (ids < num_experts)
+    # Nothing is read back from a GPU: there an id out of range counts as no expert.
+    wrong = ~valid & (ids != -1) & (ids != sentinel)
+    if not ids.is_cuda and wrong.any():
+        slot, alternative = (
+            int(wrong.int().argmax()),
+            "" if sentinel is None else f" or be {sentinel}",
+        )
+        raise ValueError(
+            f"dispatch: topk_ids must lie in -1..{num_experts - 1}{alternative}, "
+            f"got {int(ids[slot])} at slot {slot}"
+        )
+    key = torch.where(valid, ids, num_experts)
+    order = torch.argsort(key, stable=True)
+    counts = ids.new_zeros(num_experts + 1).index_add(0, key, torch.ones_like(key))
+    offsets = torch.cat([counts.new_zeros(1), counts[:num_experts].cumsum(0)])
+    place = torch.arange(len(ids), device=ids.device)
+    slot_of_row = torch.where(place < offsets[-1], order, -1)
+    row_of_slot = torch.where(valid, torch.zeros_like(ids).scatter(0, order, place), -1)
+    return offsets.int(), slot_of_row.int(), row_of_slot.view(topk_ids.shape).int()
+
+
+def padded_offsets(expert_offsets: Tensor, align: int, min_block: bool) -> Tensor:
+    """Offsets once each expert's rows are padded to a multiple of `align`."""
+    counts = expert_offsets.diff().clamp(min=1 if min_block else 0)
+    padded = (counts + align - 1) // align * align
+    return torch.cat([padded.new_zeros(1), padded.cumsum(0)]).int()
 
 
 def permute(x: Tensor, slot_of_row: Tensor, row_of_slot: Tensor) -> Tensor:

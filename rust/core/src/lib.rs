@@ -5,10 +5,13 @@
 
 pub mod arena;
 pub mod chunks;
+pub mod dispatch;
 pub mod dtype;
 pub mod error;
 pub mod limits;
 pub mod permute;
+pub mod routing;
+pub mod simd;
 pub mod threads;
 
 pub use dtype::{Dtype, Element};

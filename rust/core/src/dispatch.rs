@@ -1,0 +1,258 @@
+//! The plan of a layer: which row each slot gets once the slots are sorted by expert.
+//!
+//! A counting sort: chunks of slots are counted by themselves, a scan over (expert, chunk) gives
+//! every chunk its place in every expert's segment, and the chunks write in slot order. So the sort
+//! is stable and the same for any number of chunks.
+
+use crate::chunks::for_each_chunk;
+use crate::error::{Error, Result, check_shape};
+use crate::threads;
+
+const OP: &str = "dispatch";
+
+/// Slots that pay for waking another thread.
+const CHUNK: usize = 16 << 10;
+
+/// Sorts the slots of `ids [T * K]` by expert.
+///
+/// -1 and `sentinel` mean that a slot chose no expert. Writes `expert_offsets [E + 1]`,
+/// `slot_of_row [T * K]` (-1 past the last routed row) and its inverse `row_of_slot [T * K]` (-1
+/// where a slot chose no expert).
+///
+/// # Errors
+///
+/// An id outside -1..E-1 that is not the sentinel, or more slots than `i32` counts.
+///
+/// # Examples
+///
+/// ```
+/// # use ferromoe_core::dispatch::dispatch;
+/// let (mut offsets, mut slot_of_row, mut row_of_slot) = ([0; 4], [0; 4], [0; 4]);
+/// dispatch(&[2, 0, -1, 2], 3, None, &mut offsets, &mut slot_of_row, &mut row_of_slot)?;
+/// assert_eq!(offsets, [0, 1, 1, 3]);
+/// assert_eq!(slot_of_row, [1, 0, 3, -1]);
+/// assert_eq!(row_of_slot, [1, 0, -1, 2]);
+/// # Ok::<(), ferromoe_core::Error>(())
+/// ```
+pub fn dispatch<I: Copy + Into<i64> + Sync>(
+    ids: &[I],
+    num_experts: usize,
+    sentinel: Option<i64>,
+    expert_offsets: &mut [i32],
+    slot_of_row: &mut [i32],
+    row_of_slot: &mut [i32],
+) -> Result<()> {
+    let slots = ids.len();
+    if slots > i32::MAX as usize {
+        return Err(Error::Overflow { op: OP, what: "tokens times top_k" });
+    }
+    check_shape(OP, "expert_offsets", &[expert_offsets.len()], &[num_experts + 1])?;
+    check_shape(OP, "slot_of_row", &[slot_of_row.len()], &[slots])?;
+    check_shape(OP, "row_of_slot", &[row_of_slot.len()], &[slots])?;
+    if let Some(expert) = sentinel.filter(|&id| (0..num_experts as i64).contains(&id)) {
+        let expected = format!("lie outside 0..{}", num_experts as i64 - 1);
+        return Err(Error::Value { op: OP, arg: "sentinel", expected, got: expert.to_string() });
+    }
+    let chunks = threads::num_threads().min(slots / CHUNK).max(1);
+    let chunk = slots.div_ceil(chunks).max(1);
+    let mut counts = vec![0; chunks * (num_experts + 1)];
+    for_each_chunk(&mut counts, num_experts + 1, 1, |index, counts| {
+        let begin = (index * chunk).min(slots);
+        count(&ids[begin..(begin + chunk).min(slots)], num_experts, sentinel, counts);
+    });
+    if counts.iter().sum::<i32>() as usize != slots {
+        return Err(out_of_range(ids, num_experts, sentinel));
+    }
+
+    // Cut slot_of_row into the segment of each (expert, chunk), in that nesting order.
+    let mut segments: Vec<Vec<Segment<'_>>> = Vec::new();
+    segments.resize_with(chunks, || Vec::with_capacity(num_experts));
+    let (mut rest, mut row) = (slot_of_row, 0);
+    for expert in 0..num_experts {
+        expert_offsets[expert] = row;
+        for (index, segments) in segments.iter_mut().enumerate() {
+            let len = counts[index * (num_experts + 1) + expert];
+            let (segment, others) = std::mem::take(&mut rest).split_at_mut(len as usize);
+            segments.push(Segment { row, slots: segment.iter_mut() });
+            (rest, row) = (others, row + len);
+        }
+    }
+    expert_offsets[num_experts] = row;
+    rest.fill(-1);
+
+    let mut parts: Vec<_> = row_of_slot.chunks_mut(chunk).zip(segments).collect();
+    for_each_chunk(&mut parts, 1, 1, |index, part| {
+        let [(row_of_slot, segments)] = part else { unreachable!("chunks of one") };
+        for (offset, out) in row_of_slot.iter_mut().enumerate() {
+            let slot = index * chunk + offset;
+            *out = match segments.get_mut(ids[slot].into() as usize) {
+                Some(segment) => segment.push(slot as i32),
+                None => -1,
+            };
+        }
+    });
+    Ok(())
+}
+
+/// The rows that one chunk of slots has in one expert.
+struct Segment<'a> {
+    row: i32,
+    slots: std::slice::IterMut<'a, i32>,
+}
+
+impl Segment<'_> {
+    /// Gives the next row to `slot`.
+    #[inline(always)]
+    fn push(&mut self, slot: i32) -> i32 {
+        *self.slots.next().expect("a segment is as long as its slots were counted") = slot;
+        self.row += 1;
+        self.row - 1
+    }
+}
+
+/// Counts slots by expert, those without one at the end, and invalid ones nowhere.
+fn count<I: Copy + Into<i64>>(
+    ids: &[I],
+    num_experts: usize,
+    sentinel: Option<i64>,
+    counts: &mut [i32],
+) {
+    for &id in ids {
+        let id: i64 = id.into();
+        // Negative ids are beyond every count as unsigned numbers.
+        if (id as u64) < num_experts as u64 {
+            counts[id as usize] += 1;
+        } else if id == -1 || Some(id) == sentinel {
+            counts[num_experts] += 1;
+        }
+    }
+}
+
+/// The error that names the first slot with an invalid id.
+fn out_of_range<I: Copy + Into<i64>>(
+    ids: &[I],
+    num_experts: usize,
+    sentinel: Option<i64>,
+) -> Error {
+    let valid = |id: i64| (-1..num_experts as i64).contains(&id) || Some(id) == sentinel;
+    let slot = ids.iter().position(|&id| !valid(id.into())).unwrap_or(0);
+    let or = sentinel.map_or(String::new(), |sentinel| format!(" or be {sentinel}"));
+    let expected = format!("lie in -1..{}{or}", num_experts as i64 - 1);
+    let got = format!("{} at slot {slot}", ids[slot].into());
+    Error::Value { op: OP, arg: "topk_ids", expected, got }
+}
+
+/// Offsets of the experts' segments once each is padded to a multiple of `align` rows.
+///
+/// An expert without rows gets none, or one block of `align` with `min_block`.
+///
+/// # Errors
+///
+/// An `align` of 0, offsets that decrease, or more rows than `i32` counts.
+pub fn padded_offsets(
+    expert_offsets: &[i32],
+    align: usize,
+    min_block: bool,
+    padded: &mut [i32],
+) -> Result<()> {
+    const OP: &str = "padded_offsets";
+    check_shape(OP, "out", &[padded.len()], &[expert_offsets.len()])?;
+    if align == 0 {
+        let (expected, got) = ("be at least 1".into(), "0".into());
+        return Err(Error::Value { op: OP, arg: "align", expected, got });
+    }
+    let Some((first, padded)) = padded.split_first_mut() else { return Ok(()) };
+    *first = 0;
+    let mut end = 0usize;
+    for (padded, pair) in padded.iter_mut().zip(expert_offsets.windows(2)) {
+        let Ok(count) = usize::try_from(i64::from(pair[1]) - i64::from(pair[0])) else {
+            let (expected, got) = ("not decrease".into(), format!("{} after {}", pair[1], pair[0]));
+            return Err(Error::Value { op: OP, arg: "expert_offsets", expected, got });
+        };
+        let rows = if min_block { count.max(1) } else { count };
+        end = rows.div_ceil(align).saturating_mul(align).saturating_add(end);
+        *padded =
+            i32::try_from(end).map_err(|_| Error::Overflow { op: OP, what: "padded rows" })?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(ids: &[i64], experts: usize, sentinel: Option<i64>) -> Result<[Vec<i32>; 3]> {
+        let mut out = [vec![9; experts + 1], vec![9; ids.len()], vec![9; ids.len()]];
+        let [offsets, slot_of_row, row_of_slot] = &mut out;
+        dispatch(ids, experts, sentinel, offsets, slot_of_row, row_of_slot)?;
+        Ok(out)
+    }
+
+    #[test]
+    fn many_chunks_sort_as_a_stable_sort_does() {
+        const SLOTS: usize = 5 * CHUNK + 77;
+        let mut state = 7u32;
+        let ids: Vec<i64> = (0..SLOTS)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                i64::from((state >> 16) % 12) - 1
+            })
+            .collect();
+        let mut order: Vec<i32> = (0..SLOTS as i32).filter(|&s| ids[s as usize] >= 0).collect();
+        order.sort_by_key(|&slot| ids[slot as usize]); // stable
+        let rows = order.len();
+        let [offsets, slot_of_row, row_of_slot] = plan(&ids, 11, None).unwrap();
+        assert_eq!(offsets[11] as usize, rows);
+        assert_eq!(slot_of_row[..rows], order);
+        assert!(slot_of_row[rows..].iter().all(|&slot| slot == -1));
+        for (slot, &row) in row_of_slot.iter().enumerate() {
+            match usize::try_from(row) {
+                Ok(row) => assert_eq!(slot_of_row[row] as usize, slot),
+                Err(_) => assert_eq!(ids[slot], -1),
+            }
+        }
+    }
+
+    #[test]
+    fn no_slots_and_no_experts_are_a_plan_too() {
+        assert_eq!(plan(&[], 2, None).unwrap(), [vec![0; 3], vec![], vec![]]);
+        assert_eq!(plan(&[-1], 0, None).unwrap(), [vec![0], vec![-1], vec![-1]]);
+    }
+
+    #[test]
+    fn the_first_invalid_id_is_named() {
+        let mut ids = vec![63; 30];
+        ids[24] = 64;
+        ids[29] = -2;
+        assert_eq!(
+            plan(&ids, 64, None).unwrap_err().to_string(),
+            "dispatch: topk_ids must lie in -1..63, got 64 at slot 24"
+        );
+        assert_eq!(
+            plan(&ids, 64, Some(64)).unwrap_err().to_string(),
+            "dispatch: topk_ids must lie in -1..63 or be 64, got -2 at slot 29"
+        );
+        assert!(plan(&[i64::MIN], 4, None).is_err());
+        assert!(plan(&[i64::MAX], 4, None).is_err());
+    }
+
+    #[test]
+    fn a_sentinel_is_no_expert() {
+        assert_eq!(
+            plan(&[4, 1, 4, 0], 4, Some(4)).unwrap(),
+            [vec![0, 1, 2, 2, 2], vec![3, 1, -1, -1], vec![-1, 1, -1, 0]]
+        );
+        assert!(plan(&[], 4, Some(3)).is_err());
+    }
+
+    #[test]
+    fn padding_rounds_every_expert_up() {
+        let mut padded = [9; 4];
+        padded_offsets(&[0, 5, 5, 13], 8, false, &mut padded).unwrap();
+        assert_eq!(padded, [0, 8, 8, 16]);
+        padded_offsets(&[0, 5, 5, 13], 8, true, &mut padded).unwrap();
+        assert_eq!(padded, [0, 8, 16, 24]);
+        assert!(padded_offsets(&[0, 5, 5, 13], 0, true, &mut padded).is_err());
+        assert!(padded_offsets(&[0, 5, 4, 13], 8, true, &mut padded).is_err());
+    }
+}

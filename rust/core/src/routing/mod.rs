@@ -1,0 +1,460 @@
+//! Choosing the experts of each token, and how much each counts.
+//!
+//! Steps, per token: widen the logits; score them; rank logits or biased scores, whole groups
+//! first; keep the K best; weigh them by their scores; renormalise; scale. Of equal values the
+//! lower expert index wins, and NaN ranks above +inf.
+
+mod backward;
+mod options;
+mod real;
+mod select;
+
+pub use backward::route_backward;
+pub use options::{GroupScore, Options, Renorm, Score, TopkOn};
+pub use real::Real;
+
+use crate::chunks::for_each_chunk;
+use crate::dtype::{Accumulator, Element};
+use crate::error::{Result, check_shape};
+use crate::simd::{self, Job};
+use select::Selector;
+
+/// Bytes of logits that pay for waking a second thread.
+const GRAIN_BYTES: usize = 64 << 10;
+
+/// Router logits: rows of `experts` values, `stride` apart.
+#[derive(Debug, Clone, Copy)]
+pub struct Logits<'a, T> {
+    /// From the first value of the first row to the last of the last.
+    pub values: &'a [T],
+    /// T.
+    pub tokens: usize,
+    /// E.
+    pub experts: usize,
+    /// Elements from one row to the next; at least E.
+    pub stride: usize,
+}
+
+impl<'a, T> Logits<'a, T> {
+    /// Rows that lie behind each other.
+    pub fn contiguous(values: &'a [T], experts: usize) -> Self {
+        let tokens = values.len().checked_div(experts).unwrap_or(0);
+        Self { values, tokens, experts, stride: experts }
+    }
+
+    #[inline(always)]
+    fn row(&self, token: usize) -> &'a [T] {
+        &self.values[token * self.stride..][..self.experts]
+    }
+
+    /// Tokens that one thread takes at a time.
+    fn batch(&self) -> usize {
+        GRAIN_BYTES.div_ceil((self.experts * size_of::<T>()).max(1))
+    }
+
+    fn check(&self, op: &'static str) -> Result<()> {
+        let end = match self.tokens {
+            0 => 0,
+            tokens => (tokens - 1) * self.stride + self.experts,
+        };
+        check_shape(op, "router_logits", &[self.values.len()], &[end])
+    }
+}
+
+/// Chooses `options.top_k` experts per token: `ids [T, K]`, best first, and `weights [T, K]`.
+///
+/// `bias [E]` is added to the scores when experts are chosen, never to the weights.
+///
+/// # Errors
+///
+/// Options that contradict each other or the shapes.
+pub fn route<T: Element<Acc: Real>>(
+    logits: Logits<'_, T>,
+    bias: Option<&[T::Acc]>,
+    options: &Options,
+    weights: &mut [T::Acc],
+    ids: &mut [i32],
+) -> Result<()> {
+    const OP: &str = "route";
+    options.check(logits.experts)?;
+    logits.check(OP)?;
+    if let Some(bias) = bias {
+        check_shape(OP, "bias", &[bias.len()], &[logits.experts])?;
+    }
+    let slots = logits.tokens * options.top_k;
+    check_shape(OP, "topk_weights", &[weights.len()], &[slots])?;
+    check_shape(OP, "topk_ids", &[ids.len()], &[slots])?;
+    if slots == 0 {
+        return Ok(());
+    }
+    let batch = logits.batch();
+    let parts =
+        weights.chunks_mut(batch * options.top_k).zip(ids.chunks_mut(batch * options.top_k));
+    let mut parts: Vec<_> = parts.collect();
+    for_each_chunk(&mut parts, 1, 1, |index, part| {
+        let [(weights, ids)] = part else { unreachable!("chunks of one") };
+        simd::widest(Forward { logits, bias, options, first: index * batch, weights, ids });
+    });
+    Ok(())
+}
+
+/// A batch of tokens, on one thread.
+struct Forward<'a, T: Element> {
+    logits: Logits<'a, T>,
+    bias: Option<&'a [T::Acc]>,
+    options: &'a Options,
+    first: usize,
+    weights: &'a mut [T::Acc],
+    ids: &'a mut [i32],
+}
+
+impl<T: Element<Acc: Real>> Job for Forward<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { logits, bias, options, first, weights, ids } = self;
+        let biased = bias.is_some();
+        let ranks_scores = options.ranks_scores(biased);
+        let softmax_of_chosen = options.softmax_of_chosen(biased);
+        let zero = T::Acc::default();
+        let (mut z, mut s) = (vec![zero; logits.experts], vec![zero; logits.experts]);
+        let mut keys = vec![zero.key(); logits.experts];
+        let mut selector = Selector::new();
+        let mut groups = Groups::new(options, logits.experts);
+        let slots = weights.chunks_mut(options.top_k).zip(ids.chunks_mut(options.top_k));
+        for (token, (weights, ids)) in slots.enumerate() {
+            for (z, logit) in z.iter_mut().zip(logits.row(first + token)) {
+                *z = logit.widen();
+            }
+            if ranks_scores {
+                scores(options.score, &z, &mut s);
+            }
+            let ranked = if ranks_scores { &s } else { &z };
+            match bias {
+                Some(bias) => {
+                    for ((key, &value), &bias) in keys.iter_mut().zip(ranked).zip(bias) {
+                        *key = (value + bias).key();
+                    }
+                }
+                None => {
+                    for (key, value) in keys.iter_mut().zip(ranked) {
+                        *key = value.key();
+                    }
+                }
+            }
+            if let Some(groups) = &mut groups {
+                groups.mask(ranked, bias, &mut keys, &mut selector);
+            }
+            selector.select(&keys, ids);
+            if ranks_scores && options.renorm != Renorm::Log {
+                for (weight, &id) in weights.iter_mut().zip(&*ids) {
+                    *weight = s[id as usize];
+                }
+            } else {
+                base_weights(options, softmax_of_chosen, &z, ids, &mut s, weights);
+            }
+            renormalise(options, weights);
+            let scale = T::Acc::from_f64(options.scale);
+            for weight in weights {
+                *weight = *weight * scale;
+            }
+        }
+    }
+}
+
+/// Scores of all experts.
+#[inline(always)]
+fn scores<A: Real>(score: Score, z: &[A], s: &mut [A]) {
+    s.copy_from_slice(z);
+    match score {
+        Score::Softmax => real::softmax(s),
+        Score::Sigmoid => s.iter_mut().for_each(|s| *s = real::sigmoid(*s)),
+        Score::SqrtSoftplus => s.iter_mut().for_each(|s| *s = real::sqrt_softplus(*s)),
+        Score::Identity => {}
+    }
+}
+
+/// Scores of the chosen experts only; `s` is scratch of the length of `z`.
+#[inline(always)]
+fn base_weights<A: Real>(
+    options: &Options,
+    softmax_of_chosen: bool,
+    z: &[A],
+    ids: &[i32],
+    s: &mut [A],
+    weights: &mut [A],
+) {
+    for (weight, &id) in weights.iter_mut().zip(ids) {
+        *weight = z[id as usize];
+    }
+    if options.renorm == Renorm::Log {
+        for weight in weights.iter_mut() {
+            *weight = real::log_sigmoid(*weight);
+        }
+        real::softmax(weights);
+        return;
+    }
+    match options.score {
+        Score::Softmax if softmax_of_chosen => real::softmax(weights),
+        Score::Softmax => {
+            s.copy_from_slice(z);
+            let total = real::exp_and_sum(s);
+            for (weight, &id) in weights.iter_mut().zip(ids) {
+                *weight = s[id as usize] / total;
+            }
+        }
+        Score::Sigmoid => weights.iter_mut().for_each(|w| *w = real::sigmoid(*w)),
+        Score::SqrtSoftplus => weights.iter_mut().for_each(|w| *w = real::sqrt_softplus(*w)),
+        Score::Identity => {}
+    }
+}
+
+#[inline(always)]
+fn renormalise<A: Real>(options: &Options, weights: &mut [A]) {
+    if let Some(divisor) = divisor(options, weights) {
+        for weight in weights {
+            *weight = *weight / divisor;
+        }
+    }
+}
+
+/// What the K weights are divided by. `weights` may leave out slots without an expert.
+#[inline(always)]
+fn divisor<A: Real>(options: &Options, weights: &[A]) -> Option<A> {
+    let eps = A::from_f64(options.eps);
+    match options.renorm {
+        Renorm::None | Renorm::Log => None,
+        Renorm::Sum => Some(real::sum(weights) + eps),
+        Renorm::Clamp => {
+            let total = real::sum(weights);
+            // Written so that a NaN stays.
+            Some(if total <= eps { eps } else { total })
+        }
+        Renorm::MeanK => Some(A::from_f64(options.top_k as f64)),
+        Renorm::Norm(p) => Some(norm(weights, p)),
+    }
+}
+
+#[allow(clippy::float_cmp, reason = "1 and 2 are exact, and are what models use")]
+fn norm<A: Real>(weights: &[A], p: f64) -> A {
+    let power = |w: &A| match p {
+        1.0 => w.abs(),
+        2.0 => *w * *w,
+        _ => w.abs().powf(A::from_f64(p)),
+    };
+    let total = real::sum(&weights.iter().map(power).collect::<Vec<_>>());
+    match p {
+        1.0 => total,
+        2.0 => total.sqrt(),
+        _ => total.powf(A::from_f64(p.recip())),
+    }
+}
+
+/// Choice among groups of experts, before the choice of experts.
+struct Groups<A: Real> {
+    size: usize,
+    summed: usize,
+    fill: A,
+    values: Vec<A::Key>,
+    best: Vec<i32>,
+    kept: Vec<i32>,
+}
+
+impl<A: Real> Groups<A> {
+    fn new(options: &Options, experts: usize) -> Option<Self> {
+        let size = experts / options.num_groups;
+        options.grouped().then(|| Self {
+            size,
+            summed: options.summed().min(size),
+            fill: A::from_f64(options.group_fill),
+            values: Vec::with_capacity(options.num_groups),
+            best: vec![0; options.summed().min(size)],
+            kept: vec![0; options.topk_groups],
+        })
+    }
+
+    /// Gives the experts outside the best groups the key of the fill value.
+    #[inline(always)]
+    fn mask(
+        &mut self,
+        ranked: &[A],
+        bias: Option<&[A]>,
+        keys: &mut [A::Key],
+        selector: &mut Selector<A::Key>,
+    ) {
+        let value = |expert: usize| match bias {
+            Some(bias) => ranked[expert] + bias[expert],
+            None => ranked[expert],
+        };
+        self.values.clear();
+        for (group, keys) in keys.chunks(self.size).enumerate() {
+            selector.select(keys, &mut self.best);
+            // Best first, so the first sum is of the two largest.
+            let begin = group * self.size;
+            let total = self.best[1..]
+                .iter()
+                .fold(value(begin + self.best[0] as usize), |total, &expert| {
+                    total + value(begin + expert as usize)
+                });
+            self.values.push(total.key());
+        }
+        debug_assert!(self.summed >= 1);
+        selector.select(&self.values, &mut self.kept);
+        for (group, keys) in keys.chunks_mut(self.size).enumerate() {
+            if !self.kept.contains(&(group as i32)) {
+                keys.fill(self.fill.key());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(super) const PLAIN: Options = Options {
+        top_k: 2,
+        score: Score::Softmax,
+        topk_on: TopkOn::Score,
+        num_groups: 1,
+        topk_groups: 1,
+        group_score: GroupScore::Top2Sum,
+        group_fill: f64::NEG_INFINITY,
+        renorm: Renorm::None,
+        eps: 0.0,
+        scale: 1.0,
+    };
+
+    fn run(options: Options, bias: Option<&[f32]>, logits: &[f32]) -> (Vec<f32>, Vec<i32>) {
+        let (mut weights, mut ids) = (vec![9.0; options.top_k], vec![9; options.top_k]);
+        let logits = Logits::contiguous(logits, logits.len());
+        route(logits, bias, &options, &mut weights, &mut ids).unwrap();
+        (weights, ids)
+    }
+
+    fn assert_close(got: &[f32], expected: &[f32]) {
+        assert_eq!(got.len(), expected.len());
+        for (a, b) in got.iter().zip(expected) {
+            assert!((a - b).abs() <= 3e-7 * b.abs().max(1.0), "{got:?} is not {expected:?}");
+        }
+    }
+
+    // Softmax 0.1, 0.2, 0.3, 0.4.
+    fn logits() -> Vec<f32> {
+        (1..=4).map(|i| (i as f32).ln()).collect()
+    }
+
+    #[test]
+    fn the_best_scores_become_the_weights() {
+        let (weights, ids) = run(PLAIN, None, &logits());
+        assert_eq!(ids, [3, 2]);
+        assert_close(&weights, &[0.4, 0.3]);
+    }
+
+    #[test]
+    fn renormalising_makes_the_weights_sum_to_the_scale() {
+        let sum = Options { renorm: Renorm::Sum, scale: 2.5, ..PLAIN };
+        assert_close(&run(sum, None, &logits()).0, &[2.5 * 4.0 / 7.0, 2.5 * 3.0 / 7.0]);
+        let eps = Options { eps: 0.3, scale: 1.0, ..sum };
+        assert_close(&run(eps, None, &logits()).0, &[0.4, 0.3]);
+        let clamp = Options { renorm: Renorm::Clamp, eps: 2.0, ..PLAIN };
+        assert_close(&run(clamp, None, &logits()).0, &[0.2, 0.15]);
+        let mean = Options { renorm: Renorm::MeanK, ..PLAIN };
+        assert_close(&run(mean, None, &logits()).0, &[0.2, 0.15]);
+        for (p, norm) in [(1.0, 0.7), (2.0, 0.5), (3.0, 0.091f32.cbrt())] {
+            let options = Options { renorm: Renorm::Norm(p), ..PLAIN };
+            assert_close(&run(options, None, &logits()).0, &[0.4 / norm, 0.3 / norm]);
+        }
+    }
+
+    #[test]
+    fn a_bias_decides_who_but_not_how_much() {
+        let (weights, ids) = run(PLAIN, Some(&[0.5, 0.0, 0.0, 0.0]), &logits());
+        assert_eq!(ids, [0, 3]);
+        assert_close(&weights, &[0.1, 0.4]);
+    }
+
+    #[test]
+    fn experts_outside_the_best_groups_are_not_chosen() {
+        let z = [3.0, -5.0, 2.0, 1.9, 0.0, 0.0];
+        let options = Options { score: Score::Identity, num_groups: 3, ..PLAIN };
+        assert_eq!(run(options, None, &z), (vec![2.0, 1.9], vec![2, 3]));
+        let best = Options { group_score: GroupScore::Max, ..options };
+        assert_eq!(run(best, None, &z), (vec![3.0, -5.0], vec![0, 1]));
+        // With a fill of 0 a masked expert beats a negative score, and keeps its own weight.
+        let fill = Options { group_fill: 0.0, ..best };
+        assert_eq!(run(fill, None, &z), (vec![3.0, 2.0], vec![0, 2]));
+    }
+
+    #[test]
+    fn a_sum_of_sigmoids_that_underflows_is_exact_in_logarithms() {
+        let log = Options { score: Score::Sigmoid, renorm: Renorm::Log, ..PLAIN };
+        let share = 1.0 / (1.0 + (-1.0f32).exp());
+        assert_close(&run(log, None, &[-200.0, -199.0, -300.0]).0, &[share, 1.0 - share]);
+    }
+
+    #[test]
+    fn nan_ranks_first_and_ties_go_to_the_lower_expert() {
+        let (weights, ids) = run(PLAIN, None, &[0.0, f32::INFINITY, f32::NAN]);
+        assert_eq!(ids, [2, 1]);
+        assert!(weights.iter().all(|w| w.is_nan()));
+        assert_eq!(run(PLAIN, None, &[1.0, 2.0, 2.0, 2.0]).1, [1, 2]);
+        let each = Options { score: Score::Sigmoid, ..PLAIN };
+        let (weights, _) = run(each, None, &[0.0, f32::NAN, -1.0]);
+        assert!(weights[0].is_nan());
+        assert_close(&weights[1..], &[0.5]);
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let z: Vec<f32> = (0..37 * 5).map(|i| (i as f32 * 0.77).sin() * 20.0).collect();
+        for score in [Score::Softmax, Score::Sigmoid, Score::SqrtSoftplus] {
+            let options = Options { top_k: 9, score, renorm: Renorm::Sum, eps: 1e-20, ..PLAIN };
+            let bias: Vec<f32> = (0..37).map(|i| (i as f32).cos()).collect();
+            let mut results = Vec::new();
+            for widest in [true, false] {
+                let (mut weights, mut ids) = (vec![0.0f32; 45], vec![0; 45]);
+                let job = Forward {
+                    logits: Logits::contiguous(&z, 37),
+                    bias: Some(&bias),
+                    options: &options,
+                    first: 0,
+                    weights: &mut weights,
+                    ids: &mut ids,
+                };
+                if widest {
+                    simd::widest(job);
+                } else {
+                    job.run();
+                }
+                results.push((weights.iter().map(|w| w.to_bits()).collect::<Vec<_>>(), ids));
+            }
+            assert_eq!(results[0], results[1]);
+        }
+    }
+
+    #[test]
+    fn options_that_cannot_be_met_are_refused_with_their_numbers() {
+        let text = |options: Options, experts| options.check(experts).unwrap_err().to_string();
+        assert_eq!(
+            text(Options { top_k: 5, ..PLAIN }, 4),
+            "route: top_k must lie in 0..4, the number of experts, got 5"
+        );
+        let three = Options { num_groups: 3, ..PLAIN };
+        assert_eq!(text(three, 4), "route: num_groups must divide the 4 experts, got 3");
+        assert_eq!(
+            text(Options { topk_groups: 5, ..three }, 6),
+            "route: topk_groups must lie in 1..3, the number of groups, got 5"
+        );
+        assert_eq!(
+            text(Options { top_k: 3, ..three }, 6),
+            "route: top_k must be at most 2, the experts in topk_groups 1, got 3"
+        );
+        let log = Options { renorm: Renorm::Log, ..PLAIN };
+        assert_eq!(
+            text(log, 4),
+            "route: renorm must have score 'sigmoid' to be 'log', got score 'softmax'"
+        );
+    }
+}
