@@ -1,8 +1,17 @@
 """Faster and smaller Mixture-of-Experts models for PyTorch."""
 
-from ._core import __version__
+from ._core import __version__, get_num_threads, release_memory, set_num_threads
 from ._op import use_backend
 from .dispatch import permute, unpermute
 from .types import Dispatch
 
-__all__ = ["Dispatch", "__version__", "permute", "unpermute", "use_backend"]
+__all__ = [
+    "Dispatch",
+    "__version__",
+    "get_num_threads",
+    "permute",
+    "release_memory",
+    "set_num_threads",
+    "unpermute",
+    "use_backend",
+]

@@ -6,8 +6,10 @@ use pyo3::prelude::*;
 mod dlpack;
 mod error;
 mod machine;
+mod memory;
 mod permute;
 mod run;
+mod team;
 mod tensor;
 
 #[pymodule]
@@ -15,8 +17,23 @@ mod _core {
     #[pymodule_export]
     use super::machine::{build_profile, cpu_features, measure_limits};
     #[pymodule_export]
+    use super::memory::{kept_memory, release_memory};
+    #[pymodule_export]
     use super::permute::{permute, unpermute, unpermute_backward};
+    #[pymodule_export]
+    use super::team::{
+        fail_on_threads, get_num_threads, set_num_threads, thread_team, use_torch_team,
+    };
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "Python's spelling")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    #[allow(clippy::unnecessary_wraps, reason = "the signature is pyo3's")]
+    fn init(_: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::team::at_load();
+        Ok(())
+    }
 }

@@ -1,0 +1,23 @@
+//! The workspaces that kernels keep.
+
+use ferromoe_core::arena;
+use pyo3::prelude::*;
+
+/// Give the workspaces kept for the next calls back to the system.
+///
+/// Up to 512 MiB stay with the process after a call, because fresh memory is slow.
+///
+/// Returns
+/// -------
+/// int
+///     Bytes given back.
+#[pyfunction]
+pub fn release_memory() -> usize {
+    arena::release_memory()
+}
+
+/// Bytes kept, and how many of them lie in huge pages, for `ferromoe info`.
+#[pyfunction]
+pub fn kept_memory() -> (usize, usize) {
+    (arena::kept_bytes(), arena::huge_page_bytes())
+}
