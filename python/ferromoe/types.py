@@ -1,8 +1,27 @@
-"""The nouns that carry meaning between functions."""
+"""The four nouns that carry meaning between functions: routing, plan, weights, activation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
 from typing import Any, NamedTuple
+
+PACKINGS = ("halves", "interleaved", "separate", "ungated")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "oss")
+
+
+class Routing(NamedTuple):
+    """Which experts each token goes to, and how much each counts; made by `route`."""
+
+    topk_weights: Any
+    """float32 [T, K] (or the dtype asked for)."""
+    topk_ids: Any
+    """int32 [T, K]; -1 where a slot chose no expert."""
+    expert_counts: Any = None
+    """int32 [E], rows each expert gets; only where statistics were asked for."""
+    prob_sums: Any = None
+    """float32 [E], sum over tokens of the full probabilities; likewise."""
 
 
 class Dispatch(NamedTuple):
@@ -18,3 +37,175 @@ class Dispatch(NamedTuple):
     """int32 [T * K]. The first ``expert_offsets[E]`` entries count, the rest are -1."""
     row_of_slot: Any
     """int32 [T, K], the inverse of `slot_of_row`; -1 where a slot chose no expert."""
+
+    @property
+    def expert_counts(self) -> Any:
+        """int32 [E], rows of each expert."""
+        return self.expert_offsets[1:] - self.expert_offsets[:-1]
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return int(self.row_of_slot.shape[1])
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What stands between an expert's two matmuls.
+
+    Parameters
+    ----------
+    name : {"silu", "gelu", "gelu_tanh", "relu", "relu2", "oss"}
+        ``act(gate) * up`` with this `act`, or ``act(up)`` where there is no gate. ``"oss"`` is
+        GPT-OSS's ``(up + 1) * gate * sigmoid(alpha * gate)``.
+    limit : float, optional
+        Clamp first: gate from above, up from both sides.
+    alpha : float
+        For ``"oss"``.
+    function : callable, optional
+        Instead of a name: takes the rows of the first matmul as they are stored, [R, 2 * I] (or
+        [R, I] without a gate), and gives [R, I]. Runs in Python, between two grouped matmuls.
+    """
+
+    name: str = "silu"
+    limit: float | None = None
+    alpha: float = 1.702
+    function: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
+            raise ValueError(f"Activation: name must be one of {names}, got {self.name!r}")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"Activation: limit must be positive or None, got {self.limit}")
+
+    def __str__(self) -> str:
+        if self.function is not None:
+            return "Python function"
+        return self.name if self.limit is None else f"{self.name} up to {self.limit:g}"
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weights of a layer's experts, as they lie in memory.
+
+    Each weight is one tensor for all experts, [E, out, in], or a list of one matrix per expert
+    (separate modules, sharded or mapped experts, experts of different width).
+
+    Parameters
+    ----------
+    gate_up : Tensor [E, 2 * I, H] or list of Tensor [2 * I, H]
+        First matmul, applied as ``x @ gate_up[e].T``. [.., I, H] where packing is ``"separate"``
+        (the gate alone) or ``"ungated"``.
+    down : Tensor [E, H, I] or list of Tensor [H, I]
+        Second matmul.
+    up : Tensor [E, I, H] or list of Tensor [I, H], optional
+        With packing ``"separate"``, and only then.
+    gate_up_bias, up_bias, down_bias : Tensor [E, out] or list of Tensor [out], optional
+        Biases, packed as their weights are.
+    packing : {"halves", "interleaved", "separate", "ungated"}
+        How gate and up share `gate_up`: gate rows first, alternating beginning with gate, in two
+        tensors, or no gate at all.
+    transposed : bool
+        Matrices are stored [in, out] and applied as ``x @ w[e]``.
+    activation : Activation
+        What stands between the two matmuls.
+
+    Examples
+    --------
+    >>> weights = ferromoe.ExpertWeights(torch.zeros(4, 2 * 3, 5), torch.zeros(4, 5, 3))
+    >>> weights
+    ExpertWeights(4 experts, halves, silu, torch.float32)
+    """
+
+    gate_up: Any
+    down: Any
+    up: Any = None
+    gate_up_bias: Any = None
+    up_bias: Any = None
+    down_bias: Any = None
+    packing: str = "halves"
+    transposed: bool = False
+    activation: Activation = Activation()
+
+    def __post_init__(self) -> None:
+        if self.packing not in PACKINGS:
+            names = ", ".join(PACKINGS)
+            raise ValueError(f"ExpertWeights: packing must be one of {names}, got {self.packing!r}")
+        if (self.up is None) == (self.packing == "separate"):
+            got = "none" if self.up is None else f"packing {self.packing!r}"
+            raise ValueError(f"ExpertWeights: up must go with packing 'separate', got {got}")
+        if self.up is None and self.up_bias is not None:
+            raise ValueError("ExpertWeights: up_bias must go with up, got it alone")
+        if self.packing == "ungated" and self.activation.name == "oss":
+            raise ValueError("ExpertWeights: activation must not be oss without a gate, got oss")
+        counts = {name: _count(weight) for name, weight in self._named() if weight is not None}
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                f"ExpertWeights: all weights must have the same number of experts, got {counts}"
+            )
+
+    @classmethod
+    def of(cls, module: Any) -> ExpertWeights:
+        """Return the weights of a module: transformers' experts modules, or `ferromoe.nn.MoE`.
+
+        Nothing is copied, and nothing is remembered but which gate the module has: weights may be
+        replaced between calls, as adapters do.
+        """
+        if isinstance(own := getattr(module, "weights", None), cls):
+            return own
+        from .integrations.transformers import expert_weights
+
+        return expert_weights(module)
+
+    def _named(self) -> Sequence[tuple[str, Any]]:
+        return (
+            ("gate_up", self.gate_up),
+            ("up", self.up),
+            ("down", self.down),
+            ("gate_up_bias", self.gate_up_bias),
+            ("up_bias", self.up_bias),
+            ("down_bias", self.down_bias),
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return _count(self.gate_up)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the weights."""
+        return as_list(self.gate_up)[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights and biases."""
+        return sum(tensor.nbytes for _, weight in self._named() for tensor in as_list(weight))
+
+    def operands(self) -> tuple[Any, ...]:
+        """Return what the compiled kernels take after the tokens: lists of tensors, then options."""
+        return tuple(as_list(weight) for _, weight in self._named())
+
+    def options(self) -> tuple[str, bool, str, float, float]:
+        """Return packing, transposed, activation, limit (inf: none) and alpha."""
+        act = self.activation
+        limit = inf if act.limit is None else float(act.limit)
+        return self.packing, self.transposed, act.name, limit, float(act.alpha)
+
+    def __repr__(self) -> str:
+        facts = [f"{self.num_experts} experts", self.packing, str(self.activation), str(self.dtype)]
+        if self.transposed:
+            facts.insert(2, "transposed")
+        return f"ExpertWeights({', '.join(facts)})"
+
+
+def as_list(weight: Any) -> list[Any]:
+    """Return a weight as the list that the kernels take: of one tensor for all, or one for each."""
+    if weight is None:
+        return []
+    return list(weight) if isinstance(weight, (list, tuple)) else [weight]
+
+
+def _count(weight: Any) -> int:
+    return len(weight) if isinstance(weight, (list, tuple)) else int(weight.shape[0])

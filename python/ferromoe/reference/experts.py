@@ -1,0 +1,173 @@
+"""Expert matmuls in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import inf
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda gate: F.relu(gate).square(),
+}
+
+
+def of_expert(tensors: Sequence[Tensor], expert: int, rank: int) -> Tensor | None:
+    """One expert's matrix (rank 2) or bias (rank 1), from one tensor for all or a list of E."""
+    if not tensors:
+        return None
+    return tensors[0][expert] if tensors[0].ndim > rank else tensors[expert]
+
+
+def count(tensors: Sequence[Tensor], rank: int = 2) -> int:
+    """E."""
+    return len(tensors[0]) if tensors[0].ndim > rank else len(tensors)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """`x @ weight.T + bias`, or `x @ weight + bias` if transposed."""
+    return F.linear(x, weight.T if transposed else weight, bias)
+
+
+def activate(gate: Tensor, up: Tensor | None, name: str, limit: float, alpha: float) -> Tensor:
+    """The gated activation; `act(gate)` where there is no up."""
+    if limit != inf:
+        gate = gate.clamp(max=limit)
+        up = None if up is None else up.clamp(-limit, limit)
+    if name == "oss":
+        assert up is not None
+        return (up + 1) * gate * torch.sigmoid(alpha * gate)
+    return ACTIVATIONS[name](gate) if up is None else ACTIVATIONS[name](gate) * up
+
+
+def experts(
+    x: Tensor,
+    gate_up: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_bias: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+    packing: str,
+    transposed: bool,
+    activation: str,
+    limit: float,
+    alpha: float,
+    sentinel: int,
+    weight_on_input: bool,
+) -> Tensor:
+    """`Σ_k topk_weights[t, k] · expert(topk_ids[t, k])(x[t])`, slots of -1 left out."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    first_down = of_expert(down, 0, 2)
+    assert first_down is not None
+    # Sums of nothing: the result hangs on every input, also where no expert is chosen.
+    tied = [x, topk_weights, *gate_up, *up, *down, *gate_up_bias, *up_bias, *down_bias]
+    out = x.new_zeros(len(x), first_down.shape[1 if transposed else 0], dtype=wide)
+    out = out + sum(tensor.flatten()[:0].sum().to(wide) for tensor in tied)
+    for expert in range(count(gate_up)):
+        token, slot = (topk_ids == expert).nonzero(as_tuple=True)
+        if expert == sentinel or len(token) == 0:
+            continue
+        weight = topk_weights[token, slot, None]
+        rows = x[token]
+        if weight_on_input:
+            rows = (rows.to(wide) * weight.to(wide)).to(x.dtype)
+        matrix, bias = of_expert(gate_up, expert, 2), of_expert(gate_up_bias, expert, 1)
+        assert matrix is not None
+        hidden = linear(rows, matrix, bias, transposed)
+        gate, linear_up = hidden, None
+        if packing == "halves":
+            gate, linear_up = hidden.chunk(2, dim=-1)
+        elif packing == "interleaved":
+            gate, linear_up = hidden[:, ::2], hidden[:, 1::2]
+        elif packing == "separate":
+            matrix, bias = of_expert(up, expert, 2), of_expert(up_bias, expert, 1)
+            assert matrix is not None
+            linear_up = linear(rows, matrix, bias, transposed)
+        hidden = activate(gate, linear_up, activation, limit, alpha)
+        matrix, bias = of_expert(down, expert, 2), of_expert(down_bias, expert, 1)
+        assert matrix is not None
+        rows = linear(hidden, matrix, bias, transposed).to(wide)
+        out = out.index_add(0, token, rows if weight_on_input else rows * weight.to(wide))
+    return out.to(x.dtype)
+
+
+def grouped_matmul(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    expert_offsets: Tensor,
+    bias: Sequence[Tensor],
+    transposed: bool,
+) -> Tensor:
+    """`x[rows of e] @ weight[e].T + bias[e]` for every expert `e`, stacked; zero after the last."""
+    first = of_expert(weight, 0, 2)
+    assert first is not None
+    out = x.new_zeros(len(x), first.shape[1 if transposed else 0])
+    out = out + sum(tensor.flatten()[:0].sum() for tensor in [x, *weight, *bias])
+    for expert, (begin, end) in enumerate(pairwise(expert_offsets.tolist())):
+        matrix = of_expert(weight, expert, 2)
+        assert matrix is not None
+        rows = linear(x[begin:end], matrix, of_expert(bias, expert, 1), transposed)
+        out = torch.cat([out[:begin], rows, out[end:]])
+    return out
+
+
+def grouped_matmul_wgrad(
+    x: Tensor, grad: Tensor, expert_offsets: Tensor, num_experts: int, transposed: bool
+) -> Tensor:
+    """`grad[rows of e].T @ x[rows of e]` for every expert, or its transpose."""
+    left, right = (x, grad) if transposed else (grad, x)
+    segments = list(pairwise(expert_offsets.tolist()))
+    products = [left[begin:end].T @ right[begin:end] for begin, end in segments]
+    assert len(products) == num_experts
+    return torch.stack(products)
+
+
+def grouped_sum(grad: Tensor, expert_offsets: Tensor, num_experts: int) -> Tensor:
+    """`grad[rows of e].sum(0)` for every expert."""
+    segments = list(pairwise(expert_offsets.tolist()))
+    assert len(segments) == num_experts
+    return torch.stack([grad[begin:end].sum(0) for begin, end in segments])
+
+
+def experts_backward(
+    grad: Tensor, x: Tensor, *call: object
+) -> tuple[
+    Tensor,
+    list[Tensor],
+    list[Tensor],
+    list[Tensor],
+    list[Tensor],
+    list[Tensor],
+    list[Tensor],
+    Tensor,
+]:
+    """Gradients of `experts` by autograd; `call` is its other arguments and what is needed."""
+    *args, _needs = call
+    flat: list[Tensor] = []
+
+    def leaf(item: object) -> object:
+        if isinstance(item, Tensor) and item.is_floating_point():
+            flat.append(item.detach().requires_grad_())
+            return flat[-1]
+        return [leaf(part) for part in item] if isinstance(item, (list, tuple)) else item
+
+    inputs = [leaf(x), *(leaf(arg) for arg in args)]
+    with torch.enable_grad():
+        out = experts(*inputs)  # type: ignore[arg-type]
+    grads = iter(torch.autograd.grad(out, flat, grad))
+    dx = next(grads)
+    gate_up, up, down, ids, weights, *biases = args[:8]
+    lists = [[next(grads) for _ in part] for part in (gate_up, up, down)]  # type: ignore[attr-defined]
+    dw = next(grads)
+    bias_lists = [[next(grads) for _ in part] for part in biases]  # type: ignore[attr-defined]
+    return dx, *lists, *bias_lists, dw  # type: ignore[return-value]
