@@ -3,6 +3,7 @@
 
 use pyo3::prelude::*;
 
+mod cuda;
 mod dlpack;
 mod error;
 mod machine;
@@ -14,6 +15,8 @@ mod tensor;
 
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::cuda::{cuda_devices, cuda_images, cuda_verified, cuda_warmup, cuda_why_not};
     #[pymodule_export]
     use super::machine::{build_profile, cpu_features, measure_limits};
     #[pymodule_export]
