@@ -6,8 +6,40 @@ __version__: str
 
 def build_profile() -> str: ...
 def cpu_features() -> list[str]: ...
+def experts(
+    x: Any,
+    gate_up: list[Any],
+    up: list[Any],
+    down: list[Any],
+    topk_ids: Any,
+    topk_weights: Any,
+    gate_up_bias: list[Any],
+    up_bias: list[Any],
+    down_bias: list[Any],
+    packing: str,
+    transposed: bool,
+    activation: str,
+    limit: float,
+    alpha: float,
+    sentinel: int,
+    weight_on_input: bool,
+    out: Any = None,
+) -> Any: ...
+def grouped_matmul(
+    x: Any,
+    weight: list[Any],
+    expert_offsets: Any,
+    bias: list[Any],
+    transposed: bool,
+    out: Any = None,
+) -> Any: ...
+def grouped_matmul_wgrad(
+    x: Any, grad: Any, expert_offsets: Any, num_experts: int, transposed: bool
+) -> Any: ...
+def grouped_sum(grad: Any, expert_offsets: Any, num_experts: int) -> Any: ...
 def measure_limits(seconds: float) -> list[tuple[str, float, str]]: ...
 def permute(x: Any, slot_of_row: Any, row_of_slot: Any, out: Any = None) -> Any: ...
+def tile_name(dtype: str = "bfloat16") -> str: ...
 def unpermute(
     y: Any, slot_of_row: Any, row_of_slot: Any, topk_weights: Any = None, out: Any = None
 ) -> Any: ...

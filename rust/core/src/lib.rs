@@ -8,6 +8,7 @@ pub mod chunks;
 pub mod dispatch;
 pub mod dtype;
 pub mod error;
+pub mod experts;
 pub mod grid;
 pub mod limits;
 pub mod permute;

@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 mod cuda;
 mod dlpack;
 mod error;
+mod experts;
 mod machine;
 mod memory;
 mod permute;
@@ -17,6 +18,8 @@ mod tensor;
 mod _core {
     #[pymodule_export]
     use super::cuda::{cuda_devices, cuda_images, cuda_verified, cuda_warmup, cuda_why_not};
+    #[pymodule_export]
+    use super::experts::{experts, grouped_matmul, grouped_matmul_wgrad, grouped_sum, tile_name};
     #[pymodule_export]
     use super::machine::{build_profile, cpu_features, measure_limits};
     #[pymodule_export]

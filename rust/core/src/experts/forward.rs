@@ -1,0 +1,139 @@
+//! The layer's value.
+
+use super::product::product;
+use super::tile::{self, Choice, Operand, Tile, Tiled};
+use super::{Call, Experts, Inputs, Plan, columns_per_task, grain, units};
+use crate::arena::{self, Scratch};
+use crate::chunks::for_each_chunk;
+use crate::dtype::Accumulator;
+use crate::error::{Result, check_shape};
+use crate::grid::{Grid, cuts};
+use crate::threads;
+
+/// Rows of one expert that a panel is packed for.
+const UNIT: usize = 240;
+
+/// Bytes of weights that one task of the first stage reads, about.
+const TASK_BYTES: usize = 512 << 10;
+
+/// `out[t] = Σ w[t, k] · expert_k(x[t])` over the slots with an expert, experts ascending.
+///
+/// `out` is `[T, H_out]` and is overwritten.
+pub fn forward<T: Tiled>(
+    call: &Call<'_, T>,
+    experts: &Experts<'_, T>,
+    out: &mut [T],
+) -> Result<()> {
+    const OP: &str = "experts";
+    let plan = Plan::new(OP, call, experts)?;
+    check_shape(OP, "out", &[out.len()], &[call.tokens * experts.hidden_out])?;
+    match T::tiles(tile::isa()?) {
+        Choice::Same(tile) => run(tile, call, experts, &plan, out),
+        Choice::Wide(tile, _) => run(tile, call, experts, &plan, out),
+    }
+    Ok(())
+}
+
+fn run<T: Tiled, A: Operand<T>>(
+    tile: &Tile<T, A>,
+    call: &Call<'_, T>,
+    experts: &Experts<'_, T>,
+    plan: &Plan<T::Acc>,
+    out: &mut [T],
+) {
+    let middle = first_stage(tile, call, experts, plan);
+    let width = experts.hidden_out;
+    if let Some(sums) = T::as_acc(out) {
+        return second_stage(tile, call, experts, plan, &middle, sums);
+    }
+    let mut sums = arena::take::<T::Acc>(out.len());
+    second_stage(tile, call, experts, plan, &middle, &mut sums);
+    for_each_chunk(out, width, grain(width), |token, out| {
+        T::round_slice(&sums[token * width..][..width], out);
+    });
+}
+
+/// `act(gate, up)` of every plan row, `[R, I]` with the widest expert's I.
+fn first_stage<T: Tiled, A: Operand<T>>(
+    tile: &Tile<T, A>,
+    call: &Call<'_, T>,
+    experts: &Experts<'_, T>,
+    plan: &Plan<T::Acc>,
+) -> Scratch<A> {
+    let inputs = Inputs::<A>::new(call, plan);
+    let width = experts.max_features();
+    let mut middle = arena::take::<A>(plan.rows() * width);
+    let (units, row_cuts) = units(&plan.offsets, UNIT);
+    let row_bytes = 2 * call.hidden.max(1) * size_of::<T>();
+    let step = (TASK_BYTES / row_bytes / tile.cols).max(1) * tile.cols;
+    let col_cuts = cuts(width, step);
+    let grid = Grid::new(&mut middle, width, &row_cuts, &col_cuts);
+    let rows_per_unit = plan.rows().div_ceil(units.len().max(1));
+    let work = 2 * call.hidden * step.min(width) * rows_per_unit;
+    threads::for_each(grid.cells(), grain(work), |index| {
+        let mut cell = grid.cell(index);
+        let unit = &units[index / grid.across()];
+        let features = cell.cols.start..cell.cols.end.min(experts.features(unit.expert));
+        if features.is_empty() {
+            return;
+        }
+        let (base, input) = (features.start, experts.input(unit.expert));
+        let mut turned = vec![T::Acc::default(); 2 * features.len()];
+        product(
+            tile,
+            &inputs.of(unit.rows.clone()),
+            &input,
+            features,
+            |row, run, first, second| {
+                let (gate, up) = input.gate_and_up(first, second, &mut turned);
+                let out = &mut cell.row(unit.rows.start + row)[run.start - base..run.end - base];
+                tile.activate(&experts.activation, gate, up, out);
+            },
+        );
+    });
+    middle
+}
+
+/// Adds `w · (down · middle + bias)` of every plan row to its token.
+fn second_stage<T: Tiled, A: Operand<T>>(
+    tile: &Tile<T, A>,
+    call: &Call<'_, T>,
+    experts: &Experts<'_, T>,
+    plan: &Plan<T::Acc>,
+    middle: &[A],
+    sums: &mut [T::Acc],
+) {
+    let (width, middle_width) = (experts.hidden_out, experts.max_features());
+    let col_cuts = cuts(width, columns_per_task(width, tile.cols));
+    let row_cuts = [0, call.tokens];
+    let grid = Grid::new(sums, width, &row_cuts, &col_cuts);
+    let work = plan.rows() * middle_width * width.div_ceil(grid.cells().max(1));
+    threads::for_each(grid.cells(), grain(work), |index| {
+        let mut cell = grid.cell(index);
+        for token in 0..call.tokens {
+            cell.row(token).fill(T::Acc::default());
+        }
+        let columns = cell.cols.clone();
+        for e in 0..experts.count() {
+            let rows = plan.rows_of(e);
+            let middles: Vec<_> = rows
+                .clone()
+                .map(|row| &middle[row * middle_width..][..experts.features(e)])
+                .collect();
+            let output = experts.output(e);
+            product(tile, &middles, &output, columns.clone(), |row, run, values, _| {
+                let row = rows.start + row;
+                let weight = if call.weight_on_input {
+                    T::Acc::from_f64(1.0)
+                } else {
+                    plan.weight_of_row[row]
+                };
+                let token = cell.row(plan.token_of_row[row]);
+                let run = run.start - columns.start..run.end - columns.start;
+                for (sum, value) in token[run].iter_mut().zip(values) {
+                    *sum += weight * *value;
+                }
+            });
+        }
+    });
+}
