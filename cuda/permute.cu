@@ -98,7 +98,7 @@ DEVICE void move_row(const uint8_t* from, uint8_t* to, int64_t row_bytes, bool l
 
 // out[r, :] = x[slot_of_row[r] / top_k, :], or zero where slot_of_row[r] is no slot
 //
-// x            [T, row_bytes]      rows of any type, each a multiple of unit_bytes at such an address
+// x            [T, row_bytes]      any type; addresses and row_bytes are multiples of unit_bytes
 // slot_of_row  [slots]             slots = T * K; -1 past the last routed row
 // out          [slots, row_bytes]
 //

@@ -63,8 +63,13 @@ std::mutex running;
 
 int current_device() { return static_cast<int>(static_cast<int*>(stack.back()) - contexts); }
 
-enum { INVALID_VALUE = 1, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201,
-       NOT_FOUND = 500 };
+enum {
+    INVALID_VALUE = 1,
+    INVALID_DEVICE = 101,
+    INVALID_IMAGE = 200,
+    INVALID_CONTEXT = 201,
+    NOT_FOUND = 500
+};
 
 }  // namespace
 

@@ -119,8 +119,8 @@ inline void run(Dim3 grid, Dim3 threads, std::function<void()> kernel) {
             } while (progress != 0);
             for (const Fiber& fiber : fibers) {
                 if (!fiber.done) {
-                    fprintf(stderr, "emulator: block (%u, %u): not every thread reaches a barrier\n",
-                            x, y);
+                    fprintf(stderr,
+                            "emulator: block (%u, %u): not every thread reaches a barrier\n", x, y);
                     abort();
                 }
             }

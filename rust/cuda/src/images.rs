@@ -14,14 +14,13 @@ pub struct Image {
     pub bytes: &'static [u8],
 }
 
-/// The driver reads the header of a fat binary in place, as 64-bit numbers.
-#[repr(C, align(64))]
-struct Aligned<const N: usize>([u8; N]);
-
 /// `build.rs` writes one `image!(name, archs, fingerprint, file)` per source.
 #[allow(unused_macros, reason = "a build without kernels has no image")]
 macro_rules! image {
     ($name:literal, $archs:literal, $fingerprint:literal, $file:literal) => {{
+        // The driver reads the header of a fat binary in place, as 64-bit numbers.
+        #[repr(C, align(64))]
+        struct Aligned<const N: usize>([u8; N]);
         const BYTES: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/", $file));
         static IMAGE: Aligned<{ BYTES.len() }> =
             Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/", $file)));
