@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import ferromoe.cuda
+import gpu_check
 
 SOURCE = Path(__file__).parents[1] / "cuda"
 needs_kernels = pytest.mark.skipif(
@@ -139,3 +140,16 @@ def test_an_image_tells_its_targets_and_kernels() -> None:
 def test_only_kernels_of_this_build_count_as_verified() -> None:
     names = [name for image in ferromoe.cuda.kernels() for name in image.kernels]
     assert set(ferromoe.cuda.verified()) <= set(names)
+
+
+def test_a_gpu_check_replaces_the_entries_of_its_own_compute_capability() -> None:
+    listed = "# kernel capability fingerprint\nfirst 80 aa\nfirst 90 bb\nsecond 90 cc\n"
+    assert gpu_check.updated(listed, "90", [("first", "dd")]) == (
+        "# kernel capability fingerprint\nfirst 80 aa\nfirst 90 dd\n"
+    )
+
+
+@needs_kernels
+def test_the_gpu_check_knows_every_kernel() -> None:
+    names = {name for image in ferromoe.cuda.kernels() for name in image.kernels}
+    assert set(gpu_check.checks()) == names
