@@ -171,6 +171,21 @@ def test_torch_counts_are_followed_and_capped() -> None:
     assert ferromoe.get_num_threads() == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has libgomp on Linux only")
+def test_a_team_smaller_than_asked_for() -> None:
+    script = """
+        import torch
+        import test_threads as t
+        torch.set_num_threads(1)
+        expected = t.there_and_back()
+        torch.set_num_threads(6)
+        assert t.ferromoe.get_num_threads() == 6
+        assert all(map(torch.equal, expected, t.there_and_back()))
+        assert t._core.thread_team() == "torch's OpenMP"
+    """
+    run_python(script, OMP_THREAD_LIMIT="2")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_forked_children_of_torch_use_their_own_pool() -> None:
     script = """
