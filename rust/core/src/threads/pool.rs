@@ -44,8 +44,8 @@ struct Board {
     /// Counts the pieces of work so far.
     round: usize,
     job: Option<Worker<'static>>,
-    /// Threads that may still join.
-    open: usize,
+    /// Threads with a number below this may join; 0 when the job is over.
+    threads: usize,
     /// Threads that joined and are not done.
     active: usize,
     parked: usize,
@@ -73,9 +73,10 @@ impl Pool {
         let processors = thread::available_parallelism().map_or(1, Into::into);
         self.crowded.store(wanted + 1 > processors, Ordering::Relaxed);
         while *started < wanted {
-            let name = format!("ferromoe-{}", *started + 1);
-            let round = self.board().round;
-            if thread::Builder::new().name(name).spawn(move || self.serve(round)).is_err() {
+            let number = *started + 1;
+            let seen = self.board().round;
+            let thread = thread::Builder::new().name(format!("ferromoe-{number}"));
+            if thread.spawn(move || self.serve(number, seen)).is_err() {
                 return;
             }
             *started += 1;
@@ -91,19 +92,19 @@ impl Pool {
         let mut board = self.board();
         board.round = board.round.wrapping_add(1);
         board.job = Some(job);
-        board.open = threads - 1;
+        board.threads = threads;
         self.round.store(board.round, Ordering::Release);
-        let sleeping = board.parked.min(board.open);
+        let parked = board.parked;
         drop(board);
-        for _ in 0..sleeping {
-            self.work.notify_one();
+        if parked > 0 {
+            self.work.notify_all();
         }
 
         worker(0);
 
         let mut board = self.board();
         board.job = None;
-        board.open = 0;
+        board.threads = 0;
         if board.active > 0 {
             drop(board);
             self.spin_while(|| self.active.load(Ordering::Acquire) > 0);
@@ -115,9 +116,10 @@ impl Pool {
     }
 
     /// A thread's side. `seen` is the last round that was before its time.
-    fn serve(&self, mut seen: usize) {
+    ///
+    /// Its number stays its own, so that it meets the same items from call to call.
+    fn serve(&self, number: usize, mut seen: usize) {
         loop {
-            self.spin_while(|| self.round.load(Ordering::Acquire) == seen);
             let mut board = self.board();
             while board.round == seen {
                 board.parked += 1;
@@ -125,9 +127,7 @@ impl Pool {
                 board.parked -= 1;
             }
             seen = board.round;
-            let Some(job) = board.job.filter(|_| board.open > 0) else { continue };
-            let number = board.open;
-            board.open -= 1;
+            let Some(job) = board.job.filter(|_| number < board.threads) else { continue };
             board.active += 1;
             self.active.store(board.active, Ordering::Release);
             drop(board);
@@ -140,8 +140,11 @@ impl Pool {
             if board.active == 0 {
                 self.done.notify_one();
             }
+            drop(board);
+            self.spin_while(|| self.round.load(Ordering::Acquire) == seen);
         }
     }
+
     /// Looks at `waiting` until it is over or [`SPIN`] has passed.
     fn spin_while(&self, waiting: impl Fn() -> bool) {
         if self.crowded.load(Ordering::Relaxed) {

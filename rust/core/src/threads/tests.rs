@@ -42,6 +42,20 @@ fn every_item_runs_once_for_any_size_and_count() {
 }
 
 #[test]
+fn shares_are_a_partition_in_order() {
+    for (n, threads) in [(2, 2), (10, 3), (9, 3), (7, 5), (1000, 8)] {
+        let mut items = vec![];
+        for number in 0..threads {
+            let share = Share::new(n, threads, number);
+            let before = items.len();
+            items.extend(std::iter::from_fn(|| share.claim()));
+            assert!((items.len() - before).abs_diff(n / threads) <= 1);
+        }
+        assert_eq!(items, (0..n).collect::<Vec<_>>());
+    }
+}
+
+#[test]
 fn grain_and_count_limit_the_threads() {
     with_threads(8, || {
         assert_eq!(num_threads(), 8);
