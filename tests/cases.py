@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +104,38 @@ def _draw_rows(
     return values[:1], rest
 
 
+def _draw_logits(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    logits = randn(size.tokens, size.num_experts, dtype=dtype, generator=generator)
+    return [logits], {"top_k": size.top_k}
+
+
+def _draw_logits_and_bias(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    values, rest = _draw_logits(size, dtype, generator)
+    bias = randn(size.num_experts, dtype=torch.float32, generator=generator)
+    return values, {**rest, "bias": bias}
+
+
+def _draw_ids(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    ids = draw_ids(size, generator)
+    return [], {"topk_ids": ids, "num_experts": size.num_experts}
+
+
 CASES = [
+    Case("route", ferromoe.route, _draw_logits),
+    Case("route_renormalised", partial(ferromoe.route, renorm="sum"), _draw_logits),
+    Case("route_chosen", partial(ferromoe.route, topk_on="logits"), _draw_logits),
+    Case(
+        "route_biased",
+        partial(ferromoe.route, score="sigmoid", renorm="sum", eps=1e-20, scale=2.5),
+        _draw_logits_and_bias,
+    ),
+    Case("dispatch", ferromoe.dispatch, _draw_ids, differentiable=False),
     Case("permute", lambda x, plan: ferromoe.permute(x, plan), _draw_permute),
     Case("unpermute", lambda y, w, plan: ferromoe.unpermute(y, plan, w), _draw_unpermute),
     Case("unpermute_unweighted", lambda y, plan: ferromoe.unpermute(y, plan), _draw_rows),

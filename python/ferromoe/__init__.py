@@ -2,7 +2,8 @@
 
 from ._core import __version__, get_num_threads, release_memory, set_num_threads
 from ._op import use_backend
-from .dispatch import permute, unpermute
+from .dispatch import dispatch, padded_offsets, permute, unpermute
+from .routing import route
 from .types import Activation, Dispatch, ExpertWeights, Routing
 
 __all__ = [
@@ -11,9 +12,12 @@ __all__ = [
     "ExpertWeights",
     "Routing",
     "__version__",
+    "dispatch",
     "get_num_threads",
+    "padded_offsets",
     "permute",
     "release_memory",
+    "route",
     "set_num_threads",
     "unpermute",
     "use_backend",

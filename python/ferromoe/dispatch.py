@@ -1,4 +1,4 @@
-"""Moving token rows to and from expert order."""
+"""Sorting slots by expert, and moving token rows to and from that order."""
 
 from __future__ import annotations
 
@@ -19,6 +19,34 @@ def _reference(name: str) -> Any:
         return getattr(reference, name)(*args)
 
     return run
+
+
+def _fake_dispatch(topk_ids: Any, num_experts: int, sentinel: int | None) -> Any:
+    import torch
+
+    tokens, top_k = topk_ids.shape
+    return (
+        topk_ids.new_empty(num_experts + 1, dtype=torch.int32),
+        topk_ids.new_empty(tokens * top_k, dtype=torch.int32),
+        topk_ids.new_empty(tokens, top_k, dtype=torch.int32),
+    )
+
+
+_dispatch = Operator(
+    "dispatch",
+    schema="(Tensor topk_ids, int num_experts, int? sentinel) -> (Tensor, Tensor, Tensor)",
+    kernel=_core.dispatch,
+    reference=_reference("dispatch"),
+    fake=_fake_dispatch,
+)
+
+_padded_offsets = Operator(
+    "padded_offsets",
+    schema="(Tensor expert_offsets, int align, bool min_block) -> Tensor",
+    kernel=_core.padded_offsets,
+    reference=_reference("padded_offsets"),
+    fake=lambda expert_offsets, align, min_block: expert_offsets.new_empty(expert_offsets.shape),
+)
 
 
 def _permute_backward(saved: Sequence[Any], needs: Sequence[bool], grad: Any) -> Sequence[Any]:
@@ -72,6 +100,77 @@ _unpermute_backward = Operator(
     reference=_reference("unpermute_backward"),
     fake=_fake_unpermute_backward,
 )
+
+
+def dispatch(topk_ids: Any, *, num_experts: int, sentinel: int | None = None) -> Dispatch:
+    """Sort the slots of all tokens by expert.
+
+    Parameters
+    ----------
+    topk_ids : Tensor [T, K]
+        int32 or int64: a torch tensor or a NumPy array. A slot with -1 chose no expert. Two slots
+        of a token may name the same expert.
+    num_experts : int
+        E.
+    sentinel : int, optional
+        Another id that means no expert, outside of ``0..E-1``.
+
+    Returns
+    -------
+    Dispatch
+        Offsets of the experts' segments, the slot of each row, and the row of each slot. The sort
+        is stable: rows of one expert stand in slot order.
+
+    Raises
+    ------
+    ValueError
+        If an id is none of the above; the first such slot is named.
+    TypeError
+        If `topk_ids` is neither int32 nor int64.
+
+    See Also
+    --------
+    route : Chooses the experts.
+    permute : Copies token rows into this order.
+
+    Examples
+    --------
+    >>> plan = ferromoe.dispatch(torch.tensor([[1, 0], [1, -1]]), num_experts=3)
+    >>> plan.expert_offsets
+    tensor([0, 1, 3, 3], dtype=torch.int32)
+    >>> plan.slot_of_row
+    tensor([ 1,  0,  2, -1], dtype=torch.int32)
+    >>> plan.row_of_slot
+    tensor([[ 1,  0],
+            [ 2, -1]], dtype=torch.int32)
+    """
+    return Dispatch(*_dispatch(topk_ids, num_experts, sentinel))
+
+
+def padded_offsets(plan: Dispatch, *, align: int, min_block: bool = False) -> Any:
+    """Lay out the experts' segments with each padded to a multiple of `align` rows.
+
+    Parameters
+    ----------
+    plan : Dispatch
+        The plan whose segments are padded.
+    align : int
+        Rows of a block, at least 1.
+    min_block : bool
+        Give an expert without rows one block instead of none.
+
+    Returns
+    -------
+    Tensor [E + 1]
+        int32. Row ``r`` of expert ``e`` moves to ``r - plan.expert_offsets[e] + padded[e]``.
+
+    Examples
+    --------
+    >>> plan = ferromoe.dispatch(torch.tensor([[2, 0], [2, 0]]), num_experts=3)
+    >>> ferromoe.padded_offsets(plan, align=8)
+    tensor([ 0,  8,  8, 16], dtype=torch.int32)
+    """
+    return _padded_offsets(plan.expert_offsets, align, min_block)
 
 
 def permute(x: Any, plan: Dispatch, *, out: Any = None) -> Any:

@@ -4,12 +4,14 @@
 use pyo3::prelude::*;
 
 mod cuda;
+mod dispatch;
 mod dlpack;
 mod error;
 mod experts;
 mod machine;
 mod memory;
 mod permute;
+mod routing;
 mod run;
 mod team;
 mod tensor;
@@ -19,6 +21,8 @@ mod _core {
     #[pymodule_export]
     use super::cuda::{cuda_devices, cuda_images, cuda_verified, cuda_warmup, cuda_why_not};
     #[pymodule_export]
+    use super::dispatch::{dispatch, padded_offsets};
+    #[pymodule_export]
     use super::experts::{experts, grouped_matmul, grouped_matmul_wgrad, grouped_sum, tile_name};
     #[pymodule_export]
     use super::machine::{build_profile, cpu_features, measure_limits};
@@ -26,6 +30,8 @@ mod _core {
     use super::memory::{kept_memory, release_memory};
     #[pymodule_export]
     use super::permute::{permute, unpermute, unpermute_backward};
+    #[pymodule_export]
+    use super::routing::{check_route, route, route_backward};
     #[pymodule_export]
     use super::team::{
         fail_on_threads, get_num_threads, set_num_threads, thread_team, use_torch_team,

@@ -62,6 +62,16 @@ impl<'py> View<'py> {
         Self::any_strides(op, arg, &copy)
     }
 
+    /// A matrix whose rows may lie apart, for [`View::rows`]; other strides are copied.
+    pub fn with_row_stride(
+        op: &'static str,
+        arg: &'static str,
+        object: &Bound<'py, PyAny>,
+    ) -> PyResult<Self> {
+        let view = Self::any_strides(op, arg, object)?;
+        if view.row_stride().is_some() { Ok(view) } else { Self::new(op, arg, object) }
+    }
+
     fn any_strides(
         op: &'static str,
         arg: &'static str,
@@ -119,6 +129,20 @@ impl<'py> View<'py> {
         true
     }
 
+    /// Elements from one row of a matrix to the next, if its columns are adjacent and its rows
+    /// share nothing.
+    fn row_stride(&self) -> Option<usize> {
+        let &[_, columns] = self.shape.as_slice() else { return None };
+        if self.is_contiguous() {
+            return Some(columns);
+        }
+        // SAFETY: DLPack: `strides` holds `ndim` entries; they are not null where the array is not
+        // contiguous.
+        let strides = unsafe { slice_or_empty(self.owned.tensor().strides, 2) };
+        let stride = usize::try_from(strides[0]).ok()?;
+        ((columns == 1 || strides[1] == 1) && stride >= columns).then_some(stride)
+    }
+
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
@@ -160,6 +184,17 @@ impl<'py> View<'py> {
         // SAFETY: `address` checked dtype, alignment and device; the view is contiguous, so its
         // len() elements lie behind each other, and `owned` keeps them alive.
         Ok(unsafe { std::slice::from_raw_parts(data, self.len()) })
+    }
+
+    /// The elements of a view made by [`View::with_row_stride`], from the first row's first to the
+    /// last row's last, and the elements from one row to the next.
+    pub fn rows<T: Pod>(&self) -> PyResult<(&[T], usize)> {
+        let stride = self.row_stride().expect("with_row_stride made this view");
+        let len = if self.len() == 0 { 0 } else { (self.shape[0] - 1) * stride + self.shape[1] };
+        let data = self.address::<T>()?;
+        // SAFETY: as in `slice`; the rows lie `stride` apart in one block of memory, which `owned`
+        // keeps alive and which therefore holds what lies between them.
+        Ok((unsafe { std::slice::from_raw_parts(data, len) }, stride))
     }
 
     /// The elements as bytes, whatever their dtype.

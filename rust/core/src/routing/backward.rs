@@ -1,6 +1,7 @@
 //! The gradient of `route`, in closed form, from the logits and the chosen experts.
 
-use super::{Logits, Options, Real, Renorm, Score, base_weights, divisor, real};
+use super::weigh::{base_weights, divisor};
+use super::{Logits, Options, Real, Renorm, Score, real};
 use crate::chunks::for_each_chunk;
 use crate::dtype::{Accumulator, Element};
 use crate::error::{Error, Result, check_shape};

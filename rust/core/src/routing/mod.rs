@@ -5,9 +5,11 @@
 //! lower expert index wins, and NaN ranks above +inf.
 
 mod backward;
+mod groups;
 mod options;
 mod real;
 mod select;
+mod weigh;
 
 pub use backward::route_backward;
 pub use options::{GroupScore, Options, Renorm, Score, TopkOn};
@@ -17,7 +19,9 @@ use crate::chunks::for_each_chunk;
 use crate::dtype::{Accumulator, Element};
 use crate::error::{Result, check_shape};
 use crate::simd::{self, Job};
+use groups::Groups;
 use select::Selector;
+use weigh::{base_weights, renormalise, scores};
 
 /// Bytes of logits that pay for waking a second thread.
 const GRAIN_BYTES: usize = 64 << 10;
@@ -158,152 +162,6 @@ impl<T: Element<Acc: Real>> Job for Forward<'_, T> {
             let scale = T::Acc::from_f64(options.scale);
             for weight in weights {
                 *weight = *weight * scale;
-            }
-        }
-    }
-}
-
-/// Scores of all experts.
-#[inline(always)]
-fn scores<A: Real>(score: Score, z: &[A], s: &mut [A]) {
-    s.copy_from_slice(z);
-    match score {
-        Score::Softmax => real::softmax(s),
-        Score::Sigmoid => s.iter_mut().for_each(|s| *s = real::sigmoid(*s)),
-        Score::SqrtSoftplus => s.iter_mut().for_each(|s| *s = real::sqrt_softplus(*s)),
-        Score::Identity => {}
-    }
-}
-
-/// Scores of the chosen experts only; `s` is scratch of the length of `z`.
-#[inline(always)]
-fn base_weights<A: Real>(
-    options: &Options,
-    softmax_of_chosen: bool,
-    z: &[A],
-    ids: &[i32],
-    s: &mut [A],
-    weights: &mut [A],
-) {
-    for (weight, &id) in weights.iter_mut().zip(ids) {
-        *weight = z[id as usize];
-    }
-    if options.renorm == Renorm::Log {
-        for weight in weights.iter_mut() {
-            *weight = real::log_sigmoid(*weight);
-        }
-        real::softmax(weights);
-        return;
-    }
-    match options.score {
-        Score::Softmax if softmax_of_chosen => real::softmax(weights),
-        Score::Softmax => {
-            s.copy_from_slice(z);
-            let total = real::exp_and_sum(s);
-            for (weight, &id) in weights.iter_mut().zip(ids) {
-                *weight = s[id as usize] / total;
-            }
-        }
-        Score::Sigmoid => weights.iter_mut().for_each(|w| *w = real::sigmoid(*w)),
-        Score::SqrtSoftplus => weights.iter_mut().for_each(|w| *w = real::sqrt_softplus(*w)),
-        Score::Identity => {}
-    }
-}
-
-#[inline(always)]
-fn renormalise<A: Real>(options: &Options, weights: &mut [A]) {
-    if let Some(divisor) = divisor(options, weights) {
-        for weight in weights {
-            *weight = *weight / divisor;
-        }
-    }
-}
-
-/// What the K weights are divided by. `weights` may leave out slots without an expert.
-#[inline(always)]
-fn divisor<A: Real>(options: &Options, weights: &[A]) -> Option<A> {
-    let eps = A::from_f64(options.eps);
-    match options.renorm {
-        Renorm::None | Renorm::Log => None,
-        Renorm::Sum => Some(real::sum(weights) + eps),
-        Renorm::Clamp => {
-            let total = real::sum(weights);
-            // Written so that a NaN stays.
-            Some(if total <= eps { eps } else { total })
-        }
-        Renorm::MeanK => Some(A::from_f64(options.top_k as f64)),
-        Renorm::Norm(p) => Some(norm(weights, p)),
-    }
-}
-
-#[allow(clippy::float_cmp, reason = "1 and 2 are exact, and are what models use")]
-fn norm<A: Real>(weights: &[A], p: f64) -> A {
-    let power = |w: &A| match p {
-        1.0 => w.abs(),
-        2.0 => *w * *w,
-        _ => w.abs().powf(A::from_f64(p)),
-    };
-    let total = real::sum(&weights.iter().map(power).collect::<Vec<_>>());
-    match p {
-        1.0 => total,
-        2.0 => total.sqrt(),
-        _ => total.powf(A::from_f64(p.recip())),
-    }
-}
-
-/// Choice among groups of experts, before the choice of experts.
-struct Groups<A: Real> {
-    size: usize,
-    summed: usize,
-    fill: A,
-    values: Vec<A::Key>,
-    best: Vec<i32>,
-    kept: Vec<i32>,
-}
-
-impl<A: Real> Groups<A> {
-    fn new(options: &Options, experts: usize) -> Option<Self> {
-        let size = experts / options.num_groups;
-        options.grouped().then(|| Self {
-            size,
-            summed: options.summed().min(size),
-            fill: A::from_f64(options.group_fill),
-            values: Vec::with_capacity(options.num_groups),
-            best: vec![0; options.summed().min(size)],
-            kept: vec![0; options.topk_groups],
-        })
-    }
-
-    /// Gives the experts outside the best groups the key of the fill value.
-    #[inline(always)]
-    fn mask(
-        &mut self,
-        ranked: &[A],
-        bias: Option<&[A]>,
-        keys: &mut [A::Key],
-        selector: &mut Selector<A::Key>,
-    ) {
-        let value = |expert: usize| match bias {
-            Some(bias) => ranked[expert] + bias[expert],
-            None => ranked[expert],
-        };
-        self.values.clear();
-        for (group, keys) in keys.chunks(self.size).enumerate() {
-            selector.select(keys, &mut self.best);
-            // Best first, so the first sum is of the two largest.
-            let begin = group * self.size;
-            let total = self.best[1..]
-                .iter()
-                .fold(value(begin + self.best[0] as usize), |total, &expert| {
-                    total + value(begin + expert as usize)
-                });
-            self.values.push(total.key());
-        }
-        debug_assert!(self.summed >= 1);
-        selector.select(&self.values, &mut self.kept);
-        for (group, keys) in keys.chunks_mut(self.size).enumerate() {
-            if !self.kept.contains(&(group as i32)) {
-                keys.fill(self.fill.key());
             }
         }
     }

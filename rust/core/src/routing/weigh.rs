@@ -1,0 +1,93 @@
+//! From logits to weights.
+
+use super::options::{Options, Renorm, Score};
+use super::real::{self, Real};
+
+/// Scores of all experts.
+#[inline(always)]
+pub fn scores<A: Real>(score: Score, z: &[A], s: &mut [A]) {
+    s.copy_from_slice(z);
+    match score {
+        Score::Softmax => real::softmax(s),
+        Score::Sigmoid => s.iter_mut().for_each(|s| *s = real::sigmoid(*s)),
+        Score::SqrtSoftplus => s.iter_mut().for_each(|s| *s = real::sqrt_softplus(*s)),
+        Score::Identity => {}
+    }
+}
+
+/// Scores of the chosen experts only; `s` is scratch of the length of `z`.
+#[inline(always)]
+pub fn base_weights<A: Real>(
+    options: &Options,
+    softmax_of_chosen: bool,
+    z: &[A],
+    ids: &[i32],
+    s: &mut [A],
+    weights: &mut [A],
+) {
+    for (weight, &id) in weights.iter_mut().zip(ids) {
+        *weight = z[id as usize];
+    }
+    if options.renorm == Renorm::Log {
+        for weight in weights.iter_mut() {
+            *weight = real::log_sigmoid(*weight);
+        }
+        real::softmax(weights);
+        return;
+    }
+    match options.score {
+        Score::Softmax if softmax_of_chosen => real::softmax(weights),
+        Score::Softmax => {
+            s.copy_from_slice(z);
+            let total = real::exp_and_sum(s);
+            for (weight, &id) in weights.iter_mut().zip(ids) {
+                *weight = s[id as usize] / total;
+            }
+        }
+        Score::Sigmoid => weights.iter_mut().for_each(|w| *w = real::sigmoid(*w)),
+        Score::SqrtSoftplus => weights.iter_mut().for_each(|w| *w = real::sqrt_softplus(*w)),
+        Score::Identity => {}
+    }
+}
+
+/// Brings the K weights to a common size.
+#[inline(always)]
+pub fn renormalise<A: Real>(options: &Options, weights: &mut [A]) {
+    if let Some(divisor) = divisor(options, weights) {
+        for weight in weights {
+            *weight = *weight / divisor;
+        }
+    }
+}
+
+/// What the K weights are divided by. `weights` may leave out slots without an expert.
+#[inline(always)]
+pub fn divisor<A: Real>(options: &Options, weights: &[A]) -> Option<A> {
+    let eps = A::from_f64(options.eps);
+    match options.renorm {
+        Renorm::None | Renorm::Log => None,
+        Renorm::Sum => Some(real::sum(weights) + eps),
+        Renorm::Clamp => {
+            let total = real::sum(weights);
+            // Written so that a NaN stays.
+            Some(if total <= eps { eps } else { total })
+        }
+        Renorm::MeanK => Some(A::from_f64(options.top_k as f64)),
+        Renorm::Norm(p) => Some(norm(weights, p)),
+    }
+}
+
+#[allow(clippy::float_cmp, reason = "1 and 2 are exact, and are what models use")]
+fn norm<A: Real>(weights: &[A], p: f64) -> A {
+    let power = |w: &A| match p {
+        1.0 => w.abs(),
+        2.0 => *w * *w,
+        _ => w.abs().powf(A::from_f64(p)),
+    };
+    let total = real::sum(&weights.iter().map(power).collect::<Vec<_>>());
+    match p {
+        1.0 => total,
+        2.0 => total.sqrt(),
+        _ => total.powf(A::from_f64(p.recip())),
+    }
+}
