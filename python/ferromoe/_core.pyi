@@ -25,6 +25,26 @@ def experts(
     weight_on_input: bool,
     out: Any = None,
 ) -> Any: ...
+def experts_backward(
+    grad: Any,
+    x: Any,
+    gate_up: list[Any],
+    up: list[Any],
+    down: list[Any],
+    topk_ids: Any,
+    topk_weights: Any,
+    gate_up_bias: list[Any],
+    up_bias: list[Any],
+    down_bias: list[Any],
+    packing: str,
+    transposed: bool,
+    activation: str,
+    limit: float,
+    alpha: float,
+    sentinel: int,
+    weight_on_input: bool,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Any, list[Any], list[Any], list[Any], list[Any], list[Any], list[Any], Any]: ...
 def grouped_matmul(
     x: Any,
     weight: list[Any],

@@ -4,12 +4,13 @@ use crate::error::{no_kernel, to_py};
 use crate::run::run;
 use crate::tensor::{Device, Output, Pod, View};
 use crate::with_float;
+use ferromoe_core::dtype::Accumulator;
 use ferromoe_core::error::check_shape;
 use ferromoe_core::experts::{
-    self as core, Activation, Call, Experts, Function, Ids, Packing, Tensors, Tiled, TopkWeights,
-    tile,
+    self as core, Activation, Call, Experts, Function, Gradients, Ids, Packing, Tensors, Tiled,
+    TopkWeights, tile,
 };
-use ferromoe_core::{Dtype, Error};
+use ferromoe_core::{Dtype, Element, Error};
 use pyo3::prelude::*;
 
 /// A list of tensors that stands for one tensor per expert.
@@ -265,6 +266,123 @@ pub fn experts<'py>(
         run(py, || core::forward(&call, &experts, values))?;
         Ok(out.into_array())
     })
+}
+
+type Arrays<'py> = Vec<Bound<'py, PyAny>>;
+type LayerGradients<'py> = (
+    Option<Bound<'py, PyAny>>,
+    Arrays<'py>,
+    Arrays<'py>,
+    Arrays<'py>,
+    Arrays<'py>,
+    Arrays<'py>,
+    Arrays<'py>,
+    Option<Bound<'py, PyAny>>,
+);
+
+/// The gradients of `experts`; `needs` says for which of x, weights, biases, `topk_weights`.
+#[pyfunction]
+pub fn experts_backward<'py>(
+    py: Python<'py>,
+    grad: &Bound<'py, PyAny>,
+    x: &Bound<'py, PyAny>,
+    gate_up: Vec<Bound<'py, PyAny>>,
+    up: Vec<Bound<'py, PyAny>>,
+    down: Vec<Bound<'py, PyAny>>,
+    topk_ids: &Bound<'py, PyAny>,
+    topk_weights: &Bound<'py, PyAny>,
+    gate_up_bias: Vec<Bound<'py, PyAny>>,
+    up_bias: Vec<Bound<'py, PyAny>>,
+    down_bias: Vec<Bound<'py, PyAny>>,
+    packing: &str,
+    transposed: bool,
+    activation: &str,
+    limit: f64,
+    alpha: f64,
+    sentinel: i64,
+    weight_on_input: bool,
+    needs: (bool, bool, bool, bool),
+) -> PyResult<LayerGradients<'py>> {
+    const OP: &str = "experts_backward";
+    let lists = [gate_up, up, down, gate_up_bias, up_bias, down_bias];
+    let options = (packing, transposed, activation, limit, alpha, sentinel, weight_on_input);
+    let layer = Layer::new(OP, x, lists, topk_ids, topk_weights, options)?;
+    if layer.x.device() != Device::Cpu {
+        return Err(no_kernel(OP));
+    }
+    let grad = View::new(OP, "grad", grad)?;
+    let empty = |view: &View<'_>| Output::empty(OP, x, view.shape(), view.dtype());
+    let mut dx = needs.0.then(|| empty(&layer.x)).transpose()?;
+    let mut dw = needs.3.then(|| empty(&layer.weights)).transpose()?;
+    let mut lists = Vec::with_capacity(layer.tables.len());
+    for (i, table) in layer.tables.iter().enumerate() {
+        let wanted = if i < 3 { needs.1 } else { needs.2 };
+        let views = if wanted { &table.views[..] } else { &[] };
+        lists.push(views.iter().map(empty).collect::<PyResult<Vec<_>>>()?);
+    }
+    with_float!(layer.x, T, {
+        let (call, experts) = (layer.call::<T>()?, layer.experts::<T>()?);
+        check_shape(OP, "grad", grad.shape(), &[call.tokens, experts.hidden_out]).map_err(to_py)?;
+        let grad = grad.slice::<T>()?;
+        let mut sums = vec![Default::default(); if needs.3 { layer.weights.len() } else { 0 }];
+        let mut slices = Vec::with_capacity(lists.len());
+        for (i, list) in lists.iter_mut().enumerate() {
+            slices.push(each_mut::<T>(list, experts.count(), if i < 3 { 2 } else { 1 })?);
+        }
+        let [gate_up, up, down, gate_up_bias, up_bias, down_bias] =
+            slices.try_into().unwrap_or_else(|_| unreachable!("one list per name"));
+        let x = dx.as_mut().map(Output::slice_mut::<T>).transpose()?;
+        let topk_weights = needs.3.then_some(&mut sums[..]);
+        let gradients =
+            Gradients { x, gate_up, up, down, gate_up_bias, up_bias, down_bias, topk_weights };
+        run(py, || core::backward(grad, &call, &experts, gradients))?;
+        if let Some(dw) = &mut dw {
+            match layer.weights.dtype() {
+                Dtype::F32 => narrow(&sums, dw.slice_mut::<f32>()?),
+                _ => narrow(&sums, dw.slice_mut::<T>()?),
+            }
+        }
+    });
+    let mut lists =
+        lists.into_iter().map(|list| list.into_iter().map(Output::into_array).collect());
+    let mut next = || lists.next().unwrap_or_default();
+    Ok((
+        dx.map(Output::into_array),
+        next(),
+        next(),
+        next(),
+        next(),
+        next(),
+        next(),
+        dw.map(Output::into_array),
+    ))
+}
+
+/// Each expert's part of a list of outputs.
+fn each_mut<'a, T: Pod>(
+    list: &'a mut [Output<'_>],
+    count: usize,
+    dims: usize,
+) -> PyResult<Vec<&'a mut [T]>> {
+    if !(list.len() == 1 && list[0].shape().len() == dims + 1) {
+        return list.iter_mut().map(Output::slice_mut).collect();
+    }
+    let mut rest = list[0].slice_mut::<T>()?;
+    let len = rest.len().checked_div(count).unwrap_or(0);
+    let mut pieces = Vec::with_capacity(count);
+    for _ in 0..count {
+        let (piece, after) = rest.split_at_mut(len);
+        pieces.push(piece);
+        rest = after;
+    }
+    Ok(pieces)
+}
+
+/// Rounds accumulators into an output of another type.
+fn narrow<A: Accumulator, T: Element>(sums: &[A], out: &mut [T]) {
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out = T::round(T::Acc::from_f64(sum.to_f64()));
+    }
 }
 
 #[pyfunction]

@@ -23,7 +23,9 @@ mod _core {
     #[pymodule_export]
     use super::dispatch::{dispatch, padded_offsets};
     #[pymodule_export]
-    use super::experts::{experts, grouped_matmul, grouped_matmul_wgrad, grouped_sum, tile_name};
+    use super::experts::{
+        experts, experts_backward, grouped_matmul, grouped_matmul_wgrad, grouped_sum, tile_name,
+    };
     #[pymodule_export]
     use super::machine::{build_profile, cpu_features, measure_limits};
     #[pymodule_export]

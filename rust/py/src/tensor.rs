@@ -308,6 +308,10 @@ impl<'py> Output<'py> {
         Err(PyValueError::new_err(format!("{op}: out must {wrong}")))
     }
 
+    pub fn shape(&self) -> &[usize] {
+        self.view.shape()
+    }
+
     /// The elements to write, row-major.
     pub fn slice_mut<T: Pod>(&mut self) -> PyResult<&mut [T]> {
         let data = self.view.address::<T>()?;

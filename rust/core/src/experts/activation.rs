@@ -211,33 +211,34 @@ pub(super) fn apply<A: Element>(
     });
 }
 
-/// Turns `gate` and `up` into their gradients for the gradient `d` of the activation's result,
-/// and `d` into that result.
+/// Turns `gate` and `up` into their gradients for the gradient `d` of the activation's result, and
+/// writes that result to `value`.
 #[inline(always)]
 pub(super) fn gradient<F: Math>(
     activation: &Activation,
     gate: &mut [F],
     up: &mut [F],
-    d: &mut [F],
+    d: &[F],
+    value: &mut [F],
 ) {
     let (limit, alpha) = (constant(activation.limit), constant(activation.alpha));
     let zero = F::default();
     specialise!(activation.function, FUNCTION, {
         if up.is_empty() {
-            for (g, d) in gate.iter_mut().zip(d) {
+            for ((g, &d), out) in gate.iter_mut().zip(d).zip(value) {
                 let (value, slope) = gated(FUNCTION, alpha, at_most(*g, limit));
-                *g = if *g > limit { zero } else { slope * *d };
-                *d = value;
+                *g = if *g > limit { zero } else { slope * d };
+                *out = value;
             }
         } else {
             let shift = constant(if FUNCTION == Function::Oss { 1.0 } else { 0.0 });
-            for ((g, u), d) in gate.iter_mut().zip(up).zip(d) {
+            for (((g, u), &d), out) in gate.iter_mut().zip(up).zip(d).zip(value) {
                 let (value, slope) = gated(FUNCTION, alpha, at_most(*g, limit));
                 let (clamped, inside) = (clamp(*u, limit), !(*u > limit || *u < -limit));
                 let factor = clamped + shift;
-                *g = if *g > limit { zero } else { slope * *d * factor };
-                *u = if inside { value * *d } else { zero };
-                *d = value * factor;
+                *g = if *g > limit { zero } else { slope * d * factor };
+                *u = if inside { value * d } else { zero };
+                *out = value * factor;
             }
         }
     });
@@ -284,13 +285,13 @@ mod tests {
                     apply(&activation, &[g], &[u], &mut out);
                     out[0]
                 };
-                let (mut dg, mut du, mut d) = ([g], [u], [0.5f64]);
-                gradient(&activation, &mut dg, &mut du, &mut d);
+                let (mut dg, mut du, mut out) = ([g], [u], [0f64]);
+                gradient(&activation, &mut dg, &mut du, &[0.5], &mut out);
                 let slope_g = (value(g + step, u) - value(g - step, u)) / (2.0 * step);
                 let slope_u = (value(g, u + step) - value(g, u - step)) / (2.0 * step);
                 assert!((dg[0] - 0.5 * slope_g).abs() < 1e-8, "{function:?} gate at {g}, {u}");
                 assert!((du[0] - 0.5 * slope_u).abs() < 1e-8, "{function:?} up at {g}, {u}");
-                assert!((d[0] - value(g, u)).abs() < 1e-15);
+                assert!((out[0] - value(g, u)).abs() < 1e-15);
             }
         }
     }

@@ -2,9 +2,8 @@
 
 use super::product::product;
 use super::tile::{self, Choice, Operand, Tile, Tiled};
-use super::{Call, Experts, Inputs, Plan, columns_per_task, grain, units};
+use super::{Call, Experts, Inputs, Plan, columns_per_task, grain, summed, units};
 use crate::arena::{self, Scratch};
-use crate::chunks::for_each_chunk;
 use crate::dtype::Accumulator;
 use crate::error::{Result, check_shape};
 use crate::grid::{Grid, cuts};
@@ -42,15 +41,7 @@ fn run<T: Tiled, A: Operand<T>>(
     out: &mut [T],
 ) {
     let middle = first_stage(tile, call, experts, plan);
-    let width = experts.hidden_out;
-    if let Some(sums) = T::as_acc(out) {
-        return second_stage(tile, call, experts, plan, &middle, sums);
-    }
-    let mut sums = arena::take::<T::Acc>(out.len());
-    second_stage(tile, call, experts, plan, &middle, &mut sums);
-    for_each_chunk(out, width, grain(width), |token, out| {
-        T::round_slice(&sums[token * width..][..width], out);
-    });
+    summed(out, experts.hidden_out, |sums| second_stage(tile, call, experts, plan, &middle, sums));
 }
 
 /// `act(gate, up)` of every plan row, `[R, I]` with the widest expert's I.

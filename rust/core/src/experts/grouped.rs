@@ -1,5 +1,6 @@
 //! Products of consecutive rows with one matrix per expert, and their gradients.
 
+use super::backward::HEIGHT;
 use super::product::{outer, product};
 use super::tile::{self, Choice, Operand, Tile, Tiled};
 use super::weights::{Matrix, Projection, Tensor};
@@ -14,9 +15,6 @@ const UNIT: usize = 240;
 
 /// Columns of one task.
 const COLUMNS: usize = 256;
-
-/// Rows of a weight gradient that one task writes: as many as a packed panel should serve.
-const HEIGHT: usize = 48;
 
 /// Offsets as indices: E + 1 of them, 0 first, non-decreasing, the last at most `rows`.
 fn check_offsets(op: &'static str, offsets: &[i32], rows: usize) -> Result<Vec<usize>> {

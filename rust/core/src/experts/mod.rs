@@ -7,6 +7,7 @@
 //! writer, which adds in the order of experts, then slots: the same bits for any thread count.
 
 pub mod activation;
+mod backward;
 
 mod forward;
 mod grouped;
@@ -16,6 +17,7 @@ pub mod weights;
 
 pub use activation::{Activation, Function};
 
+pub use backward::{Gradients, backward};
 pub use forward::forward;
 pub use grouped::{grouped_matmul, grouped_sum, grouped_wgrad};
 pub use tile::{Isa, Tiled};
@@ -253,6 +255,18 @@ impl<'a, A: Element + Plain> Inputs<'a, A> {
 fn columns_per_task(width: usize, panel: usize) -> usize {
     let panels = width.div_ceil(panel);
     panel * (panels / (2 * threads::num_threads())).clamp(1, (256 / panel).max(1))
+}
+
+/// Lets `f` fill sums of the shape of `out`, rows of `width`, and rounds them into `out`.
+fn summed<T: Tiled>(out: &mut [T], width: usize, f: impl FnOnce(&mut [T::Acc])) {
+    if let Some(sums) = T::as_acc(out) {
+        return f(sums);
+    }
+    let mut sums = arena::take::<T::Acc>(out.len());
+    f(&mut sums);
+    for_each_chunk(out, width, grain(width), |row, out| {
+        T::round_slice(&sums[row * width..][..width], out);
+    });
 }
 
 /// Tasks that pay for waking a thread, by the multiply-adds of one.

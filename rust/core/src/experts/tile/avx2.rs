@@ -112,6 +112,12 @@ fn activate(activation: &Activation, gate: &[f32], up: &[f32], out: &mut [f32]) 
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn gradient(activation: &Activation, gate: &mut [f32], up: &mut [f32], d: &mut [f32]) {
-    activation::gradient(activation, gate, up, d);
+fn gradient(
+    activation: &Activation,
+    gate: &mut [f32],
+    up: &mut [f32],
+    d: &[f32],
+    value: &mut [f32],
+) {
+    activation::gradient(activation, gate, up, d, value);
 }

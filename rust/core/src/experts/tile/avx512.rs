@@ -207,6 +207,12 @@ pub(super) fn activate<A: Element<Acc = f32>>(
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-pub(super) fn gradient(activation: &Activation, gate: &mut [f32], up: &mut [f32], d: &mut [f32]) {
-    activation::gradient(activation, gate, up, d);
+pub(super) fn gradient(
+    activation: &Activation,
+    gate: &mut [f32],
+    up: &mut [f32],
+    d: &[f32],
+    value: &mut [f32],
+) {
+    activation::gradient(activation, gate, up, d, value);
 }

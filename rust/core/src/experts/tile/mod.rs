@@ -54,8 +54,7 @@ pub struct Tile<T: Element, A: Element<Acc = T::Acc>> {
     pack_rows: unsafe fn(&Self, &[&[T]], usize, usize, &mut [A]),
     pack_cols: unsafe fn(&Self, &[&[T]], usize, &mut [A]),
     activate: unsafe fn(&Activation, &[T::Acc], &[T::Acc], &mut [A]),
-    #[allow(dead_code, reason = "for the backward pass")]
-    gradient: unsafe fn(&Activation, &mut [T::Acc], &mut [T::Acc], &mut [T::Acc]),
+    gradient: unsafe fn(&Activation, &mut [T::Acc], &mut [T::Acc], &[T::Acc], &mut [T::Acc]),
 }
 
 // The tables are reached through `Tiled::tiles(isa)` with an `isa` that this CPU has, which is what
@@ -133,16 +132,16 @@ impl<T: Element, A: Element<Acc = T::Acc>> Tile<T, A> {
     }
 
     /// See [`super::activation::gradient`].
-    #[allow(dead_code, reason = "for the backward pass")]
     pub(super) fn gradient(
         &self,
         activation: &Activation,
         gate: &mut [T::Acc],
         up: &mut [T::Acc],
-        d: &mut [T::Acc],
+        d: &[T::Acc],
+        value: &mut [T::Acc],
     ) {
         // SAFETY: the CPU has the features; the code itself is safe.
-        unsafe { (self.gradient)(activation, gate, up, d) }
+        unsafe { (self.gradient)(activation, gate, up, d, value) }
     }
 }
 
