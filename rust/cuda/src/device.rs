@@ -116,6 +116,8 @@ pub struct Stream {
 }
 // SAFETY: the driver takes a stream handle from any thread.
 unsafe impl Send for Stream {}
+// SAFETY: as above, and nothing in a Stream changes.
+unsafe impl Sync for Stream {}
 
 impl Stream {
     /// The stream `handle`, a `CUstream`, of device `ordinal`.
