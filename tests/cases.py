@@ -104,6 +104,91 @@ def _draw_rows(
     return values[:1], rest
 
 
+SILU = ferromoe.Activation()
+OSS = ferromoe.Activation("oss", limit=1.5)
+
+
+def experts_case(
+    name: str,
+    *,
+    packing: str = "halves",
+    transposed: bool = False,
+    bias: bool = False,
+    table: bool = False,
+    weight_on_input: bool = False,
+    activation: ferromoe.Activation = SILU,
+) -> Case:
+    """A layout of the experts; `table` is a list of matrices of different widths."""
+
+    def draw(
+        size: Size, dtype: torch.dtype, generator: torch.Generator
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        def matrix(out: int, into: int) -> Tensor:
+            shape = (into, out) if transposed else (out, into)
+            values = torch.randn(*shape, generator=generator) * into**-0.5
+            return values.to(dtype)
+
+        widths = [size.intermediate + (e % 3 if table else 0) for e in range(size.num_experts)]
+        columns = 1 if packing in ("separate", "ungated") else 2
+        names = ["gate_up", *(["up"] if packing == "separate" else []), "down"]
+        made: dict[str, list[Tensor]] = {
+            "gate_up": [matrix(columns * width, size.hidden) for width in widths],
+            "up": [matrix(width, size.hidden) for width in widths],
+            "down": [matrix(size.hidden, width) for width in widths],
+        }
+        if bias:
+            for part in list(names):
+                out = 1 if transposed else 0
+                biases = [randn(w.shape[out], dtype=dtype, generator=generator) for w in made[part]]
+                made[f"{part}_bias"] = biases
+                names.append(f"{part}_bias")
+        x = randn(size.tokens, size.hidden, dtype=dtype, generator=generator)
+        share = torch.rand(size.tokens, size.top_k, generator=generator)
+        share = share.to(torch.promote_types(dtype, torch.float32))
+        tensors = [x, share]
+        for part in names:
+            tensors += made[part] if table else [torch.stack(made[part])]
+        return tensors, {"ids": draw_ids(size, generator), "names": names}
+
+    def call(x: Any, share: Any, *tensors: Any, ids: Any, names: list[str]) -> Any:
+        each = len(tensors) // len(names)
+        parts = [list(tensors[i * each : (i + 1) * each]) for i in range(len(names))]
+        weights = ferromoe.ExpertWeights(
+            **{name: part if table else part[0] for name, part in zip(names, parts, strict=True)},
+            packing=packing,
+            transposed=transposed,
+            activation=activation,
+        )
+        return ferromoe.experts(x, weights, ids, share, weight_on_input=weight_on_input)
+
+    return Case(f"experts_{name}", call, draw)
+
+
+def grouped_case(name: str, *, transposed: bool = False, bias: bool = False) -> Case:
+    """A grouped matmul, with rows after the last expert's."""
+
+    def draw(
+        size: Size, dtype: torch.dtype, generator: torch.Generator
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        plan = plan_of(draw_ids(size, generator), size.num_experts)
+        rows = size.tokens * size.top_k
+        x = randn(rows, size.hidden, dtype=dtype, generator=generator)
+        shape = [size.num_experts, size.intermediate, size.hidden]
+        if transposed:
+            shape[1:] = shape[:0:-1]
+        weight = torch.randn(shape, generator=generator) * size.hidden**-0.5
+        values = [x, weight.to(dtype)]
+        if bias:
+            values.append(randn(*shape[:2], dtype=dtype, generator=generator))
+        return values, {"offsets": plan.expert_offsets}
+
+    def call(x: Any, weight: Any, *bias: Any, offsets: Any) -> Any:
+        options = {"transposed": transposed, "bias": bias[0] if bias else None}
+        return ferromoe.grouped_matmul(x, weight, offsets, **options)
+
+    return Case(f"grouped_matmul_{name}", call, draw)
+
+
 def _draw_logits(
     size: Size, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[list[Tensor], dict[str, Any]]:
@@ -139,4 +224,17 @@ CASES = [
     Case("permute", lambda x, plan: ferromoe.permute(x, plan), _draw_permute),
     Case("unpermute", lambda y, w, plan: ferromoe.unpermute(y, plan, w), _draw_unpermute),
     Case("unpermute_unweighted", lambda y, plan: ferromoe.unpermute(y, plan), _draw_rows),
+    grouped_case("plain"),
+    grouped_case("transposed", transposed=True),
+    grouped_case("biased", bias=True),
+    experts_case("halves"),
+    experts_case("gpt_oss", packing="interleaved", transposed=True, bias=True, activation=OSS),
+    experts_case("interleaved", packing="interleaved", activation=ferromoe.Activation("gelu")),
+    experts_case("transposed", transposed=True, activation=ferromoe.Activation("gelu_tanh")),
+    experts_case("separate", packing="separate", bias=True, activation=OSS),
+    experts_case("ungated", packing="ungated", activation=ferromoe.Activation("relu2")),
+    experts_case("clamped", activation=ferromoe.Activation("silu", limit=0.5)),
+    experts_case("table", table=True, bias=True, activation=ferromoe.Activation("relu")),
+    experts_case("table_transposed", table=True, transposed=True, packing="separate"),
+    experts_case("weight_on_input", weight_on_input=True),
 ]

@@ -62,7 +62,7 @@ def test_as_accurate_as_pytorch(case: Case, size: Size, dtype: torch.dtype) -> N
         torchs = tensors(case.call(*values, **rest))
     for out, torch_out, exact_out in zip(ours, torchs, exact(case, values, rest), strict=True):
         if out.is_floating_point():
-            assert_as_accurate(out, torch_out, exact_out)
+            assert_as_accurate(out, torch_out, exact_out, dtype)
         else:
             assert torch.equal(out, torch_out)
 
@@ -78,7 +78,7 @@ def test_gradients_as_accurate_as_pytorch(case: Case, size: Size, dtype: torch.d
         torchs = gradients(case.call(*theirs, **rest), theirs)
         exacts = gradients(case.call(*wide, **rest), wide)
     for grad, torch_grad, exact_grad in zip(ours, torchs, exacts, strict=True):
-        assert_as_accurate(grad, torch_grad, exact_grad)
+        assert_as_accurate(grad, torch_grad, exact_grad, dtype)
 
 
 @every_differentiable_case
@@ -94,6 +94,7 @@ def test_float64_gradients_agree_with_finite_differences(case: Case) -> None:
 @pytest.mark.parametrize("size", [SIZES[0], MEDIUM], ids=["empty", "medium"])
 def test_compiles_in_one_graph(case: Case, size: Size) -> None:
     values, rest = draw(case, size, torch.float32)
+    torch._dynamo.reset()  # cases share code, and dynamo counts recompilations per code object
     compiled = torch.compile(case.call, backend="aot_eager", fullgraph=True)
     mine, theirs = leaves(values), leaves(values)
     eager, graph = case.call(*mine, **rest), compiled(*theirs, **rest)
@@ -103,11 +104,11 @@ def test_compiles_in_one_graph(case: Case, size: Size) -> None:
         assert torch.equal(grad, compiled_grad)
 
 
-@every_case
+@every_differentiable_case
 def test_strided_inputs_give_the_same_bits(case: Case) -> None:
     values, rest = draw(case, MEDIUM, torch.float32)
-    strided = [value.T.contiguous().T for value in values]
-    assert all(s.is_contiguous() == (1 in s.shape) for s in strided)
+    strided = [value.mT.contiguous().mT if value.ndim > 1 else value for value in values]
+    assert any(not s.is_contiguous() for s in strided)
     results = zip(
         tensors(case.call(*values, **rest)), tensors(case.call(*strided, **rest)), strict=True
     )

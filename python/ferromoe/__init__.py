@@ -1,10 +1,17 @@
 """Faster and smaller Mixture-of-Experts models for PyTorch."""
 
+from typing import TYPE_CHECKING, Any
+
 from ._core import __version__, get_num_threads, release_memory, set_num_threads
 from ._op import use_backend
 from .dispatch import dispatch, padded_offsets, permute, unpermute
+from .experts import experts, grouped_matmul, moe
 from .routing import route
 from .types import Activation, Dispatch, ExpertWeights, Routing
+
+if TYPE_CHECKING:
+    from . import nn
+    from .integrations.transformers import disable, enable
 
 __all__ = [
     "Activation",
@@ -12,8 +19,14 @@ __all__ = [
     "ExpertWeights",
     "Routing",
     "__version__",
+    "disable",
     "dispatch",
+    "enable",
+    "experts",
     "get_num_threads",
+    "grouped_matmul",
+    "moe",
+    "nn",
     "padded_offsets",
     "permute",
     "release_memory",
@@ -22,3 +35,14 @@ __all__ = [
     "unpermute",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs torch or transformers when it is first asked for."""
+    import importlib
+
+    if name == "nn":
+        return importlib.import_module(".nn", __name__)
+    if name in ("enable", "disable"):
+        return getattr(importlib.import_module(".integrations.transformers", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,7 +32,7 @@ def tensors_in(args: Sequence[Any]) -> list[Any]:
         if type(arg) in _PLAIN:
             found.append(arg)
         elif isinstance(arg, (list, tuple)):
-            found.extend(arg)
+            found.extend(item for item in arg if hasattr(item, "__dlpack__"))
         elif hasattr(arg, "__dlpack__"):
             found.append(arg)
     return found
@@ -105,10 +105,18 @@ def register(operator: Operator) -> None:
     torch.library.register_fake(name, operator.fake, lib=_library)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.ferromoe_lists = [
+            len(arg) if isinstance(arg, (list, tuple)) else None for arg in inputs
+        ]
         _save(ctx, operator, inputs, output)
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        return tuple(_gradients(ctx, operator, grads, ctx.needs_input_grad))
+        found = _gradients(ctx, operator, grads, ctx.needs_input_grad)
+        # torch wants a list for a list, also where it holds no gradient, or nothing at all.
+        return tuple(
+            grad if n is None or grad is not None else [None] * n
+            for n, grad in zip(ctx.ferromoe_lists, found, strict=True)
+        )
 
     torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
     operator.registered = getattr(torch.ops.ferromoe, operator.name).default

@@ -156,7 +156,8 @@ class ExpertWeights:
             return own
         from .integrations.transformers import expert_weights
 
-        return expert_weights(module)
+        found: ExpertWeights = expert_weights(module)
+        return found
 
     def _named(self) -> Sequence[tuple[str, Any]]:
         return (
@@ -184,7 +185,7 @@ class ExpertWeights:
         return sum(tensor.nbytes for _, weight in self._named() for tensor in as_list(weight))
 
     def operands(self) -> tuple[Any, ...]:
-        """Return what the compiled kernels take after the tokens: lists of tensors, then options."""
+        """Return the weights as the kernels take them: six lists of tensors."""
         return tuple(as_list(weight) for _, weight in self._named())
 
     def options(self) -> tuple[str, bool, str, float, float]:

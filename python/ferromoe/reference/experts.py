@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import inf
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> 
 
 
 def activate(gate: Tensor, up: Tensor | None, name: str, limit: float, alpha: float) -> Tensor:
-    """The gated activation; `act(gate)` where there is no up."""
+    """`act(gate) * up`, or `act(gate)` where there is no up."""
     if limit != inf:
         gate = gate.clamp(max=limit)
         up = None if up is None else up.clamp(-limit, limit)
@@ -166,7 +166,7 @@ def experts_backward(
         out = experts(*inputs)  # type: ignore[arg-type]
     grads = iter(torch.autograd.grad(out, flat, grad))
     dx = next(grads)
-    gate_up, up, down, ids, weights, *biases = args[:8]
+    gate_up, up, down, _ids, _weights, *biases = args[:8]
     lists = [[next(grads) for _ in part] for part in (gate_up, up, down)]  # type: ignore[attr-defined]
     dw = next(grads)
     bias_lists = [[next(grads) for _ in part] for part in biases]  # type: ignore[attr-defined]

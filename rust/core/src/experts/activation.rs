@@ -37,6 +37,9 @@ pub trait Math: Accumulator {
     /// The error function.
     #[must_use]
     fn error_function(self) -> Self;
+    /// Probability of a normal variable below `self`, in its lower tail too: `1 + erf` would cancel.
+    #[must_use]
+    fn normal_cdf(self) -> Self;
 }
 
 impl Math for f32 {
@@ -61,24 +64,40 @@ impl Math for f32 {
         f32::from_bits(p.to_bits().wrapping_add(power))
     }
 
-    // Two polynomials, both computed and one chosen. Worst error 2 units in the last place.
     #[inline(always)]
     fn error_function(self) -> Self {
-        let (t, s) = (self.abs(), self * self);
-        let near =
-            ((((-5.967_617e-4 * s + 4.991_194e-3) * s - 2.676_813_5e-2) * s + 1.128_199_3e-1) * s
-                - 3.761_253_4e-1)
-                * s
-                + 1.283_791_7e-1;
-        let near = near * self + self;
-        let u = -3.883_964_4e-3 * t + 2.425_462_2e-2;
-        let r = (-1.728_534_7e-5 * t + 3.831_98e-4) * s + u;
-        let r = (r * t - 1.067_778_8e-1) * t - 6.348_468_7e-1;
-        let r = (r * t - 1.287_175_1e-1) * t - t;
-        let far = (1.0 - r.exponential()).copysign(self);
-        // `<` is false for NaN, which `far` would lose through copysign; `near` keeps it.
-        if t > 0.927_734_4 { far } else { near }
+        let (near, tail) = erf_and_tail(self);
+        // `>` is false for NaN, which copysign would lose; `near` keeps it.
+        if self.abs() > FAR { (1.0 - tail).copysign(self) } else { near }
     }
+
+    #[inline(always)]
+    fn normal_cdf(self) -> Self {
+        let z = self * std::f32::consts::FRAC_1_SQRT_2;
+        let (near, tail) = erf_and_tail(z);
+        let far = if z < 0.0 { 0.5 * tail } else { 1.0 - 0.5 * tail };
+        if z.abs() > FAR { far } else { 0.5 * (1.0 + near) }
+    }
+}
+
+/// Where [`erf_and_tail`] changes from one polynomial to the other.
+const FAR: f32 = 0.927_734_4;
+
+/// `erf(x)`, good up to [`FAR`], and `erfc(|x|)`, good beyond: both are computed, so that loops over
+/// it become vector code. Worst error 2 units in the last place.
+#[inline(always)]
+fn erf_and_tail(x: f32) -> (f32, f32) {
+    let (t, s) = (x.abs(), x * x);
+    let near = ((((-5.967_617e-4 * s + 4.991_194e-3) * s - 2.676_813_5e-2) * s + 1.128_199_3e-1)
+        * s
+        - 3.761_253_4e-1)
+        * s
+        + 1.283_791_7e-1;
+    let u = -3.883_964_4e-3 * t + 2.425_462_2e-2;
+    let r = (-1.728_534_7e-5 * t + 3.831_98e-4) * s + u;
+    let r = (r * t - 1.067_778_8e-1) * t - 6.348_468_7e-1;
+    let r = (r * t - 1.287_175_1e-1) * t - t;
+    (near * x + x, r.exponential())
 }
 
 impl Math for f64 {
@@ -100,6 +119,10 @@ impl Math for f64 {
             sum += term;
         }
         std::f64::consts::FRAC_2_SQRT_PI * (-self * self).exp() * sum
+    }
+
+    fn normal_cdf(self) -> Self {
+        0.5 * (1.0 + (self * std::f64::consts::FRAC_1_SQRT_2).error_function())
     }
 }
 
@@ -127,8 +150,7 @@ fn gated<F: Math>(function: Function, alpha: F, g: F) -> (F, F) {
             (g * s, s + a * g * s * (one - s))
         }
         Function::Gelu => {
-            let cdf = constant::<F>(0.5)
-                * (one + (g * constant::<F>(std::f64::consts::FRAC_1_SQRT_2)).error_function());
+            let cdf = g.normal_cdf();
             let pdf = constant::<F>(TANH.0 / 2.0) * (constant::<F>(-0.5) * g * g).exponential();
             (g * cdf, cdf + g * pdf)
         }

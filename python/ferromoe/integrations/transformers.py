@@ -1,0 +1,264 @@
+"""Experts of transformers models.
+
+Importing this registers ``"ferromoe"`` in transformers' experts interface, so that
+``from_pretrained(name, experts_implementation="ferromoe")`` and
+``model.set_experts_implementation("ferromoe")`` work. `ferromoe.enable` does both in one line.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
+
+from ..experts import experts
+from ..reference.experts import ACTIVATIONS, activate
+from ..types import Activation, ExpertWeights
+
+NAME = "ferromoe"
+_GATE = "_ferromoe_gate"  # in an experts module's __dict__: what recognise() found
+_BEFORE = "_ferromoe_before"  # in a model's __dict__: its implementation before enable()
+_BY_CLASS = {
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+}
+
+
+def expert_weights(module: Any) -> ExpertWeights:
+    """Return the weights of an experts module, read where they lie at this moment.
+
+    Adapters replace the parameters with plain tensors, offloading moves them: nothing is kept.
+    """
+    activation, packing = _gate_of(module)
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+
+    def tensor(name: str) -> Any:
+        value = getattr(module, name)
+        return value.to_local() if hasattr(value, "to_local") else value
+
+    return ExpertWeights(
+        tensor(first),
+        tensor("down_proj"),
+        gate_up_bias=tensor(f"{first}_bias") if module.has_bias else None,
+        down_bias=tensor("down_proj_bias") if module.has_bias else None,
+        packing=packing,
+        transposed=module.is_transposed,
+        activation=activation,
+    )
+
+
+def ferromoe_experts(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Run an experts module; transformers calls this in place of its own implementations."""
+    out: Tensor = experts(
+        hidden_states,
+        expert_weights(self),
+        top_k_index,
+        top_k_weights,
+        sentinel=self.num_experts,
+        row_norm=self.post_expert_norm if self.has_post_expert_norm else None,
+    )
+    return out
+
+
+def _gate_of(module: Any) -> tuple[Activation, str]:
+    """Return what stands between a module's matmuls, and how gate and up are packed."""
+    act = getattr(module, "act_fn", None)
+    known = module.__dict__.get(_GATE)
+    if known is not None and known[0] is act and known[1] is module.config:
+        return known[2], known[3]
+    if torch.compiler.is_compiling():
+        # A probe would compare values, which stops the trace: go by the class, or call back.
+        plain = not module.has_gate or type(module)._apply_gate is _default_apply_gate
+        name = _BY_CLASS.get(type(act).__name__) if plain else None
+        packing = "halves" if module.has_gate else "ungated"
+        if name is not None:
+            return Activation(name), packing
+        return Activation(function=module._apply_gate if module.has_gate else act), packing
+    activation, packing = recognise(module)
+    module.__dict__[_GATE] = (act, module.config, activation, packing)
+    return activation, packing
+
+
+@torch.no_grad()
+def recognise(module: Any) -> tuple[Activation, str]:
+    """Find which of our activations a module's gate is, by what it does to a fixed vector.
+
+    Class names would not do: subclasses, adapters and new families change them. The vector reaches
+    beyond any clamp. A gate that is none of ours becomes a call back into Python.
+    """
+    far = torch.tensor([40.0, -40.0, 1e3, -1e3, 40.0])
+    gate = torch.cat([torch.linspace(-12, 12, 97), far])
+    up = torch.cat([torch.linspace(9, -9, 97).roll(13), far.flip(0)])
+    limit, alpha = _number(module, "limit"), _number(module, "alpha")
+    if not module.has_gate:
+        found = module.act_fn(gate)
+        for name, function in ACTIVATIONS.items():
+            if _same(found, function(gate)):
+                return Activation(name), "ungated"
+        return Activation(function=module.act_fn), "ungated"
+    for packing in ("halves", "interleaved"):
+        stacked = torch.stack([gate, up], dim=-1 if packing == "interleaved" else 0)
+        found = module._apply_gate(stacked.flatten()[None])[0]
+        for clamp in dict.fromkeys((None, limit)):
+            bound = torch.inf if clamp is None else clamp
+            for name in ACTIVATIONS:
+                if _same(found, activate(gate, up, name, bound, 0.0)):
+                    return Activation(name, limit=clamp), packing
+            if alpha is not None and _same(found, activate(gate, up, "oss", bound, alpha)):
+                return Activation("oss", limit=clamp, alpha=alpha), packing
+    return Activation(function=module._apply_gate), "halves"
+
+
+def _number(module: Any, name: str) -> float | None:
+    for candidate in (name, f"swiglu_{name}"):
+        value = getattr(module, candidate, None)
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None
+
+
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@dataclass
+class Report:
+    """What `enable` did; prints as a table."""
+
+    reached: list[tuple[str, str, str, str]] = field(default_factory=list)
+    """(module, gate, layout, path) of each experts module that is ours now."""
+    left_alone: list[tuple[str, str]] = field(default_factory=list)
+    """(module, why) of each that is not."""
+
+    def __str__(self) -> str:
+        lines = [f"ferromoe runs {len(self.reached)} experts modules"]
+        if not self.reached:
+            lines = ["ferromoe reached no experts: this model runs as before"]
+        rows = [["modules", "how many", "gate", "layout", "path"]]
+        for (pattern, *facts), count in _grouped(self.reached):
+            rows.append([pattern, str(count), *facts])
+        if len(rows) > 1:
+            lines += _columns(rows)
+        for (pattern, why), count in _grouped(self.left_alone):
+            lines.append(f"left alone: {pattern} ({count}): {why}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _grouped(rows: list[Any]) -> list[tuple[tuple[str, ...], int]]:
+    """Fold rows that differ in their layer numbers only."""
+    folded: dict[tuple[str, ...], int] = {}
+    for name, *facts in rows:
+        key = (re.sub(r"\.\d+(?=\.|$)", ".*", name), *facts)
+        folded[key] = folded.get(key, 0) + 1
+    return list(folded.items())
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    line = "  ".join(f"{{:{width}}}" for width in widths)
+    return [line.format(*row).rstrip() for row in rows]
+
+
+def _experts_modules(model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return modules that transformers' interface reaches, and experts that it does not."""
+    reached: dict[str, Any] = {}
+    others: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate"):
+            if any(base.__name__ == "FP8Experts" for base in type(module).__mro__):
+                others[name] = "its weights are quantised to 8 bits, which no kernel reads yet"
+            else:
+                reached[name] = module
+        elif name.rpartition(".")[2] == "experts" and not any(
+            name.startswith(f"{known}.") for known in reached
+        ):
+            others[name] = (
+                f"{type(module).__name__} does not go through transformers' experts interface"
+            )
+    return reached, others
+
+
+def enable(model: Any) -> Report:
+    """Run the experts of a transformers model with ferromoe's kernels.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Any model; for training and inference. Nothing is copied and no weight changes.
+
+    Returns
+    -------
+    Report
+        Which layers were reached, by which path, and what was left alone and why; prints as a
+        table. Calling it again is harmless. `disable` undoes it.
+
+    Examples
+    --------
+    >>> from transformers import MixtralConfig, MixtralForCausalLM
+    >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=32)
+    >>> heads = dict(num_attention_heads=2, num_key_value_heads=2)
+    >>> model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    >>> ferromoe.enable(model)
+    ferromoe runs 2 experts modules
+    modules                     how many  gate  layout  path
+    model.layers.*.mlp.experts  2         silu  halves  kernel
+    """
+    if not hasattr(model, "set_experts_implementation"):
+        raise TypeError(
+            f"enable: model must be a transformers model, got {type(model).__name__}; for layers "
+            "of your own there are ferromoe.experts and ferromoe.nn.MoE"
+        )
+    reached, others = _experts_modules(model)
+    report = Report(left_alone=list(others.items()))
+    if not reached:
+        return report
+    before = model.get_experts_implementation()
+    if _BEFORE not in model.__dict__:
+        model.__dict__[_BEFORE] = before
+    model.set_experts_implementation(NAME)
+    for name, module in reached.items():
+        activation, packing = _gate_of(module)
+        layout = packing + (", transposed" if module.is_transposed else "")
+        layout += ", biased" if module.has_bias else ""
+        by_kernel = activation.function is None and not module.has_post_expert_norm
+        path = "kernel" if by_kernel else "kernels around Python"
+        report.reached.append((name, str(activation), layout, path))
+    return report
+
+
+def disable(model: Any) -> None:
+    """Restore a model as it was before `enable`.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A model that `enable` was called on; any other is left as it is.
+    """
+    before = model.__dict__.pop(_BEFORE, None)
+    if before is not None:
+        model.set_experts_implementation(before)
+    for module in model.modules():
+        module.__dict__.pop(_GATE, None)
+
+
+def _refuse_fp8(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    raise NotImplementedError(
+        "experts: weights quantised to 8 bits have no kernel yet; "
+        "model.set_experts_implementation('grouped_mm') goes back to transformers' own"
+    )
+
+
+ExpertsInterface.register(NAME, ferromoe_experts)
+FP8ExpertsInterface.register(NAME, _refuse_fp8)

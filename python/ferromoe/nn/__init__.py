@@ -1,0 +1,5 @@
+"""Modules with weights, one file per architecture."""
+
+from .moe import MoE
+
+__all__ = ["MoE"]

@@ -1,0 +1,275 @@
+"""Whole tiny transformers models: the same answers, gradients and generations with our experts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import ferromoe
+import ferromoe.integrations.transformers as integration
+from ferromoe import ExpertWeights
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 6, "intermediate_size": 40}),
+    "mixtral_top1": (
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 40},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "head_dim": 8,
+            "norm_topk_prob": True,
+        },
+    ),
+    "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 24}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 24,
+            "intermediate_size": 48,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 28,
+            "head_dim": 8,
+            "sliding_window": 16,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        {
+            "hybrid_override_pattern": "*E*E",
+            "num_hidden_layers": 4,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 20,
+            "moe_shared_expert_intermediate_size": 24,
+            "intermediate_size": 48,
+            "head_dim": 8,
+        },
+    ),
+}
+
+
+def make_config(family: str) -> Any:
+    name, sizes = FAMILIES[family]
+    return getattr(transformers, f"{name}Config")(**(COMMON | sizes))
+
+
+def make(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    name, _ = FAMILIES[family]
+    model = getattr(transformers, f"{name}ForCausalLM")(make_config(family))
+    # Default initialisation is small enough for experts to hardly matter.
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return model.to(dtype).eval()
+
+
+def draw_tokens() -> Tensor:
+    return torch.randint(3, 64, (2, 17), generator=torch.Generator().manual_seed(1))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
+
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@every_family
+def test_logits_are_as_near_to_float64_as_eager_ones(family: str) -> None:
+    model, tokens = make(family), draw_tokens()
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()
+        exact.set_experts_implementation("eager")
+        wanted = exact(tokens).logits
+        model.set_experts_implementation("eager")
+        eager = model(tokens).logits
+        report = ferromoe.enable(model)
+        ours = model(tokens).logits
+    assert report.reached
+    assert all(path == "kernel" for *_, path in report.reached)
+    assert distance(ours, wanted) <= 2 * distance(eager, wanted)
+
+
+@every_family
+def test_the_same_tokens_are_generated(family: str) -> None:
+    model, tokens = make(family), draw_tokens()
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    options["attention_mask"] = torch.ones_like(tokens)
+    expected = model.generate(tokens, **options)
+    ferromoe.enable(model)
+    assert torch.equal(model.generate(tokens, **options), expected)
+
+
+@every_family
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_the_same_gradients(family: str, checkpointing: bool) -> None:
+    model, tokens = make(family).double(), draw_tokens()
+    ours = copy.deepcopy(model)
+    model.set_experts_implementation("eager")  # torch's grouped_mm has no float64
+    ferromoe.enable(ours)
+    if checkpointing:
+        ours.activation_checkpointing_enable()
+    for each in (model, ours):
+        each.train()
+        each(tokens, labels=tokens).loss.backward()
+    for (name, parameter), mine in zip(model.named_parameters(), ours.parameters(), strict=True):
+        if parameter.grad is not None:
+            torch.testing.assert_close(mine.grad, parameter.grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@every_family
+def test_bfloat16_is_as_accurate_as_eager(family: str) -> None:
+    model = make(family, torch.bfloat16)
+    module = next(m for m in model.modules() if hasattr(m, "_is_expert_parallel"))
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(19, 32, generator=generator).bfloat16()
+    ids = torch.rand(19, module.num_experts, generator=generator).topk(2).indices
+    share = torch.rand(19, 2, generator=generator)
+    module.config._experts_implementation = "eager"
+    with torch.no_grad():
+        eager = module(x, ids, share.bfloat16())
+        exact = copy.deepcopy(module).double()(x.double(), ids, share.bfloat16().double())
+        module.config._experts_implementation = "ferromoe"
+        ours = module(x, ids, share.bfloat16())
+    assert ours.dtype == torch.bfloat16
+    assert distance(ours, exact) <= 2 * distance(eager, exact)
+
+
+@pytest.mark.parametrize(
+    ("family", "gate", "packing"),
+    [
+        ("mixtral", "silu", "halves"),
+        ("gpt_oss", "oss up to 7", "interleaved"),
+        ("nemotron_h", "relu2", "ungated"),
+    ],
+)
+def test_the_gate_is_recognised_by_what_it_does(family: str, gate: str, packing: str) -> None:
+    module = next(m for m in make(family).modules() if hasattr(m, "_is_expert_parallel"))
+    weights = ExpertWeights.of(module)
+    assert (str(weights.activation), weights.packing) == (gate, packing)
+    module.act_fn = torch.nn.GELU()
+    if family == "mixtral":
+        assert str(ExpertWeights.of(module).activation) == "gelu"
+
+
+def test_an_unknown_gate_is_called_back() -> None:
+    model, tokens = make("mixtral"), draw_tokens()
+    for module in model.modules():
+        if hasattr(module, "_is_expert_parallel"):
+            module.act_fn = torch.nn.Tanh()
+    with torch.no_grad():
+        model.set_experts_implementation("eager")
+        expected = model(tokens).logits
+        report = ferromoe.enable(model)
+        ours = model(tokens).logits
+    assert "kernels around Python" in str(report)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_our_function_runs_once_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = integration.experts
+    monkeypatch.setattr(
+        integration, "experts", lambda *a, **k: (calls.append(1), original(*a, **k))[1]
+    )
+    model = make("mixtral")
+    model.set_experts_implementation("ferromoe")
+    with torch.no_grad():
+        model(draw_tokens())
+    assert len(calls) == 2
+
+
+def test_one_graph_also_without_a_first_eager_call() -> None:
+    model, tokens = make("mixtral"), draw_tokens()
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        model.set_experts_implementation("ferromoe")
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected)
+
+
+def test_the_report_is_a_table() -> None:
+    report = str(ferromoe.enable(make("deepseek_v3")))
+    assert report.splitlines() == [
+        "ferromoe runs 1 experts modules",
+        "modules                     how many  gate  layout  path",
+        "model.layers.*.mlp.experts  1         silu  halves  kernel",
+    ]
+
+
+def test_a_family_that_cannot_be_reached_is_reported() -> None:
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2,
+        num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+    )  # fmt: skip
+    report = ferromoe.enable(transformers.SwitchTransformersForConditionalGeneration(config))
+    assert not report.reached
+    assert "reached no experts" in str(report)
+    assert "does not go through transformers' experts interface" in str(report)
+
+
+def test_enable_twice_then_disable_restores_the_model() -> None:
+    model = make("mixtral")
+    model.set_experts_implementation("eager")
+    config = copy.deepcopy(model.config.to_dict())
+    attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
+    ferromoe.enable(model)
+    ferromoe.enable(model)
+    assert model.get_experts_implementation()[""] == "ferromoe"
+    ferromoe.disable(model)
+    assert model.get_experts_implementation()[""] == "eager"
+    assert model.config.to_dict() == config
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
+
+
+def test_autocast_computes_in_the_weights_dtype() -> None:
+    model, tokens = make("mixtral", torch.bfloat16), draw_tokens()
+    ferromoe.enable(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(tokens).logits.isfinite().all()
+
+
+def test_what_is_no_transformers_model_is_refused() -> None:
+    with pytest.raises(TypeError, match="enable: model must be a transformers model, got Linear"):
+        ferromoe.enable(torch.nn.Linear(2, 2))
