@@ -237,7 +237,7 @@ fn input_gradient<T: Tiled, A: Operand<T>>(
     dx: &mut [T],
 ) {
     let width = call.hidden;
-    let col_cuts = cuts(width, columns_per_task(width, tile.cols));
+    let col_cuts = cuts(width, columns_per_task(width, tile.cols, !experts.along_n()));
     let (chunks, row_cuts) = (col_cuts.len() - 1, [0, call.tokens]);
     let chunk_cuts: Vec<_> = (0..=chunks).collect();
     // Where the weight multiplied x, its gradient is x times this row's.

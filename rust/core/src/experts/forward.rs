@@ -55,8 +55,12 @@ fn first_stage<T: Tiled, A: Operand<T>>(
     let width = experts.max_features();
     let mut middle = arena::take::<A>(plan.rows() * width);
     let (units, row_cuts) = units(&plan.offsets, UNIT);
-    let row_bytes = 2 * call.hidden.max(1) * size_of::<T>();
-    let step = (TASK_BYTES / row_bytes / tile.cols).max(1) * tile.cols;
+    let step = if experts.along_n() {
+        columns_per_task(width * units.len(), tile.cols, true)
+    } else {
+        let row_bytes = 2 * call.hidden.max(1) * size_of::<T>();
+        (TASK_BYTES / row_bytes / tile.cols).max(1) * tile.cols
+    };
     let col_cuts = cuts(width, step);
     let grid = Grid::new(&mut middle, width, &row_cuts, &col_cuts);
     let rows_per_unit = plan.rows().div_ceil(units.len().max(1));
@@ -95,7 +99,7 @@ fn second_stage<T: Tiled, A: Operand<T>>(
     sums: &mut [T::Acc],
 ) {
     let (width, middle_width) = (experts.hidden_out, experts.max_features());
-    let col_cuts = cuts(width, columns_per_task(width, tile.cols));
+    let col_cuts = cuts(width, columns_per_task(width, tile.cols, experts.along_n()));
     let row_cuts = [0, call.tokens];
     let grid = Grid::new(sums, width, &row_cuts, &col_cuts);
     let work = plan.rows() * middle_width * width.div_ceil(grid.cells().max(1));

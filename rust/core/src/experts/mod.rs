@@ -12,6 +12,8 @@ mod backward;
 mod forward;
 mod grouped;
 mod product;
+#[cfg(test)]
+mod tests;
 pub mod tile;
 pub mod weights;
 
@@ -252,9 +254,11 @@ impl<'a, A: Element + Plain> Inputs<'a, A> {
 
 /// Columns that one task of a column-owning stage takes: few enough that every thread gets some,
 /// enough that rows read by one panel are still in the cache for the next.
-fn columns_per_task(width: usize, panel: usize) -> usize {
-    let panels = width.div_ceil(panel);
-    panel * (panels / (2 * threads::num_threads())).clamp(1, (256 / panel).max(1))
+///
+/// Weights that lie along n want wider tasks, which read longer stretches of memory.
+fn columns_per_task(width: usize, panel: usize, along_n: bool) -> usize {
+    let (panels, most) = (width.div_ceil(panel), if along_n { 4096 } else { 256 });
+    panel * (panels / (2 * threads::num_threads())).clamp(1, (most / panel).max(1))
 }
 
 /// Lets `f` fill sums of the shape of `out`, rows of `width`, and rounds them into `out`.

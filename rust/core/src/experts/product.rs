@@ -1,11 +1,17 @@
 //! Rows times the columns of a projection, and sums of outer products: what forward and backward
 //! are made of.
 
-use super::tile::{AXPY_ROWS, DOT_ROWS, Operand, Tile, Tiled};
+use super::tile::{AXPY_ROWS, DOT_ROWS, Operand, Tile, Tiled, fetch};
 use super::weights::{Matrix, Part, Projection};
 use crate::grid::Cell;
 use crate::{Element, arena};
 use std::ops::Range;
+
+/// Up to this many rows, sums over lines as they lie are faster than packing them.
+const FEW_ALONG_N: usize = 8;
+
+/// Bytes of panels that should stay in a core's own cache.
+const CACHE: usize = 768 << 10;
 
 /// Multiplies `rows` by the columns of `features`, and adds the bias.
 ///
@@ -23,14 +29,15 @@ pub(super) fn product<T: Tiled, A: Operand<T>>(
         return;
     }
     let parts = projection.parts().count();
-    if rows.len() <= tile.few {
+    let along_n = projection.parts().any(|part| part.matrix.along_n);
+    if rows.len() <= if along_n { FEW_ALONG_N } else { tile.few } {
         let width = features.len() * projection.per_feature;
         let mut sums = arena::take::<T::Acc>(rows.len() * parts * width);
         sums.fill(T::Acc::default());
         for (index, part) in projection.parts().enumerate() {
             let columns = columns(projection, &features);
             let sums = &mut sums[index * width..];
-            if part.matrix.along_n {
+            if along_n {
                 axpy_few(tile, rows, &part.matrix, columns, sums, parts * width);
             } else {
                 dot_few(tile, rows, &part.matrix, columns, sums, parts * width);
@@ -46,28 +53,41 @@ pub(super) fn product<T: Tiled, A: Operand<T>>(
     // Two parts share a panel: the second begins in its middle.
     let (room, block) = (tile.cols / parts, tile.cols / parts / projection.per_feature);
     let k = rows[0].len();
-    let mut panel = arena::take::<A>(tile.panel_len(k));
+    let len = tile.panel_len(k);
+    // Weights along n are packed into several panels at once, since memory is read well only where
+    // it is read in longer stretches; as many as stay in the cache, two at least.
+    let most = if along_n { (CACHE / size_of::<A>() / len.max(1)).clamp(2, 4) } else { 1 };
+    let mut panels = arena::take::<A>(most * len);
     let mut sums = vec![T::Acc::default(); tile.rows * tile.cols];
+    let mut runs: Vec<Range<usize>> = Vec::with_capacity(most);
     let mut begin = features.start;
     while begin < features.end {
-        let run = begin..(begin + block).min(features.end);
+        runs.clear();
+        while begin < features.end && runs.len() < most {
+            let end = (begin + block).min(features.end);
+            runs.push(begin..end);
+            begin = end;
+        }
         for (index, part) in projection.parts().enumerate() {
-            pack(tile, &part.matrix, columns(projection, &run), index * room, &mut panel);
+            let columns: Vec<_> = runs.iter().map(|run| columns(projection, run)).collect();
+            pack(tile, &part.matrix, &columns, index * room, &mut panels);
         }
-        let width = run.len() * projection.per_feature;
-        let mut done = 0;
-        for rows in even_chunks(rows, tile.rows) {
-            tile.panel(rows, k, &panel, (parts - 1) * room + width, &mut sums);
-            for (row, sums) in (done..).zip(sums.chunks_exact_mut(tile.cols)).take(rows.len()) {
-                let (first, second) = sums.split_at_mut(room);
-                let first = &mut first[..width];
-                let second = &mut second[..if parts == 2 { width } else { 0 }];
-                add_biases(projection, &run, first, second);
-                each(row, run.clone(), first, second);
+        for (index, run) in runs.iter().enumerate() {
+            let panel = &panels[index * len..(index + 1) * len];
+            let width = run.len() * projection.per_feature;
+            let mut done = 0;
+            for rows in even_chunks(rows, tile.rows) {
+                tile.panel(rows, k, panel, (parts - 1) * room + width, &mut sums);
+                for (row, sums) in (done..).zip(sums.chunks_exact_mut(tile.cols)).take(rows.len()) {
+                    let (first, second) = sums.split_at_mut(room);
+                    let first = &mut first[..width];
+                    let second = &mut second[..if parts == 2 { width } else { 0 }];
+                    add_biases(projection, run, first, second);
+                    each(row, run.clone(), first, second);
+                }
+                done += rows.len();
             }
-            done += rows.len();
         }
-        begin = run.end;
     }
 }
 
@@ -103,7 +123,7 @@ fn add_biases<T: Element>(
 }
 
 /// Dot products of few rows with weights along k. Each of the tile's streams walks through a
-/// stretch of neighbouring weight rows, so memory sees `streams` sequential readers.
+/// stretch of neighbouring weight rows, so memory sees a few sequential readers.
 fn dot_few<T: Element, A: Element<Acc = T::Acc>>(
     tile: &Tile<T, A>,
     rows: &[&[A]],
@@ -112,17 +132,23 @@ fn dot_few<T: Element, A: Element<Acc = T::Acc>>(
     sums: &mut [T::Acc],
     stride: usize,
 ) {
-    let stretch = columns.len().div_ceil(tile.streams);
-    let mut out = vec![T::Acc::default(); DOT_ROWS * tile.streams];
-    let mut w: Vec<&[T]> = Vec::with_capacity(tile.streams);
+    let most = even_chunks(rows, DOT_ROWS).map(<[_]>::len).max().unwrap_or(1);
+    let streams = tile.streams(most);
+    let stretch = columns.len().div_ceil(streams);
+    // A last chunk may be short enough for more streams than it is given.
+    let mut out = vec![T::Acc::default(); most * tile.streams(1)];
+    let mut w: Vec<&[T]> = Vec::with_capacity(streams);
     for step in 0..stretch {
         w.clear();
         let picked = || (columns.start + step..columns.end).step_by(stretch);
         w.extend(picked().map(|n| matrix.row(n)));
         let mut row = 0;
         for x in even_chunks(rows, DOT_ROWS) {
-            tile.dot(x, matrix.k, &w, &mut out);
-            for out in out.chunks_exact(tile.streams).take(x.len()) {
+            // The first rows read the weights from memory; the second ones, which find them in
+            // the cache, have time to fetch the next step's.
+            let ahead = row > 0 && row <= DOT_ROWS;
+            tile.dot(x, matrix.k, &w, ahead, &mut out);
+            for out in out.chunks_exact(tile.streams(x.len())).take(x.len()) {
                 for (n, &value) in picked().zip(out) {
                     sums[row * stride + n - columns.start] = value;
                 }
@@ -157,20 +183,37 @@ fn axpy_few<T: Element, A: Element<Acc = T::Acc>>(
     }
 }
 
+/// Packs neighbouring runs of columns, each into a panel of its own, from column `at` on.
 fn pack<T: Element, A: Element<Acc = T::Acc>>(
     tile: &Tile<T, A>,
     matrix: &Matrix<'_, T>,
-    columns: Range<usize>,
+    runs: &[Range<usize>],
     at: usize,
-    panel: &mut [A],
+    panels: &mut [A],
 ) {
+    /// Lines at once: even, so that pairs stay together.
+    const LINES: usize = 32;
+    let len = tile.panel_len(matrix.k).max(1);
     if matrix.along_n {
-        let lines: Vec<_> =
-            (0..matrix.k).map(|k| matrix.line(k, columns.start, columns.len())).collect();
-        tile.pack_cols(&lines, at, panel);
+        let mut lines = [&[][..]; LINES];
+        for begin in (0..matrix.k).step_by(LINES) {
+            let lines = &mut lines[..LINES.min(matrix.k - begin)];
+            for (run, panel) in runs.iter().zip(panels.chunks_exact_mut(len)) {
+                for (k, line) in (begin..).zip(&mut *lines) {
+                    *line = matrix.line(k, run.start, run.len());
+                    if k + LINES < matrix.k {
+                        // The lines lie a row apart, where the hardware does not look ahead.
+                        fetch(matrix.line(k + LINES, run.start, run.len()));
+                    }
+                }
+                tile.pack_cols(lines, at, &mut panel[begin * tile.cols..]);
+            }
+        }
     } else {
-        let rows: Vec<_> = columns.map(|n| matrix.row(n)).collect();
-        tile.pack_rows(&rows, matrix.k, at, panel);
+        for (run, panel) in runs.iter().zip(panels.chunks_exact_mut(len)) {
+            let rows: Vec<_> = run.clone().map(|n| matrix.row(n)).collect();
+            tile.pack_rows(&rows, matrix.k, at, panel);
+        }
     }
 }
 

@@ -273,6 +273,11 @@ impl<'a, T: Element> Experts<'a, T> {
         Projection::plain(self.matrix(self.tensors.down[e]), bias)
     }
 
+    /// Whether neighbours in memory are neighbours along the columns of the products.
+    pub fn along_n(&self) -> bool {
+        self.transposed
+    }
+
     /// Whether gate and up stand in two tensors.
     pub fn is_separate(&self) -> bool {
         self.packing == Packing::Separate

@@ -60,13 +60,14 @@ unsafe fn dot<T: Element<Acc = f32>>(
     x: &[&[f32]],
     k: usize,
     w: &[&[T]],
+    ahead: bool,
     out: &mut [f32],
 ) where
     __m256: Widen<T>,
 {
     // SAFETY: lengths as asserted by `Tile::dot`.
-    by_dot_rows!(x.len(), |M| unsafe {
-        lanes::dot::<__m256, T, M, STREAMS>(x, k, w, out.as_mut_ptr());
+    by_dot_rows!(x.len(), STREAMS, |M, W| unsafe {
+        lanes::dot::<__m256, T, M, W>(x, k, w, ahead, out.as_mut_ptr());
     });
 }
 

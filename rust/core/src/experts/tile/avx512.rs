@@ -29,7 +29,7 @@ where
         rows: 6,
         cols: COLS,
         streams: STREAMS,
-        few: 12,
+        few: 16,
         group: 1,
         panel,
         dot,
@@ -59,9 +59,16 @@ impl Lanes for __m512 {
         unsafe { _mm512_fmadd_ps(self, a, b) }
     }
     #[inline(always)]
-    unsafe fn sum(self) -> f32 {
-        // SAFETY: the caller's features.
-        unsafe { _mm512_reduce_add_ps(self) }
+    unsafe fn sums<const W: usize>(registers: &[Self; W], out: *mut f32) {
+        // SAFETY: the caller's features; W values are writable.
+        unsafe {
+            let mut halves = [_mm256_setzero_ps(); W];
+            for i in 0..W {
+                let high = _mm512_extractf32x8_ps::<1>(registers[i]);
+                halves[i] = _mm256_add_ps(_mm512_castps512_ps256(registers[i]), high);
+            }
+            <__m256 as Lanes>::sums(&halves, out);
+        }
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self {
@@ -150,13 +157,14 @@ unsafe fn dot<T: Element<Acc = f32>>(
     x: &[&[f32]],
     k: usize,
     w: &[&[T]],
+    ahead: bool,
     out: &mut [f32],
 ) where
     __m512: Widen<T>,
 {
     // SAFETY: lengths as asserted by `Tile::dot`.
-    by_dot_rows!(x.len(), |M| unsafe {
-        lanes::dot::<__m512, T, M, STREAMS>(x, k, w, out.as_mut_ptr());
+    by_dot_rows!(x.len(), STREAMS, |M, W| unsafe {
+        lanes::dot::<__m512, T, M, W>(x, k, w, ahead, out.as_mut_ptr());
     });
 }
 

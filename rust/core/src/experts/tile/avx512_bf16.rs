@@ -12,7 +12,7 @@
 
 use super::Tile;
 use super::avx512::{self, COLS, STREAMS};
-use super::lanes::{by_dot_rows, by_shape, transpose};
+use super::lanes::{Lanes, by_dot_rows, by_shape, transpose};
 use half::bf16;
 use std::arch::x86_64::*;
 
@@ -20,7 +20,7 @@ pub(super) static BF16: Tile<bf16, bf16> = Tile {
     rows: 6,
     cols: COLS,
     streams: STREAMS,
-    few: 12,
+    few: 24,
     group: 2,
     panel,
     dot,
@@ -129,45 +129,63 @@ unsafe fn dpbf16(sum: __m512, a: __m512i, b: __m512i) -> __m512 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-unsafe fn dot(_: &Tile<bf16, bf16>, x: &[&[bf16]], k: usize, w: &[&[bf16]], out: &mut [f32]) {
+unsafe fn dot(
+    _: &Tile<bf16, bf16>,
+    x: &[&[bf16]],
+    k: usize,
+    w: &[&[bf16]],
+    ahead: bool,
+    out: &mut [f32],
+) {
     // SAFETY: lengths as asserted by `Tile::dot`.
-    by_dot_rows!(x.len(), |M| unsafe { dot_rows::<M>(x, k, w, out.as_mut_ptr()) });
+    by_dot_rows!(x.len(), STREAMS, |M, W| unsafe {
+        dot_rows::<M, W>(x, k, w, ahead, out.as_mut_ptr());
+    });
 }
 
 /// # Safety
 ///
 /// As for [`super::lanes::dot`].
 #[inline(always)]
-unsafe fn dot_rows<const M: usize>(x: &[&[bf16]], k: usize, w: &[&[bf16]], out: *mut f32) {
+unsafe fn dot_rows<const M: usize, const W: usize>(
+    x: &[&[bf16]],
+    k: usize,
+    w: &[&[bf16]],
+    ahead: bool,
+    out: *mut f32,
+) {
     // SAFETY: by this function's contract; whole vectors end at or before k, the mask ends the
-    // last one there.
+    // last one there; a prefetch may name any address.
     unsafe {
-        let (mut xs, mut ws) = ([std::ptr::null::<i16>(); M], [std::ptr::null::<i16>(); STREAMS]);
+        let (mut xs, mut ws) = ([std::ptr::null::<i16>(); M], [std::ptr::null::<i16>(); W]);
         for m in 0..M {
             xs[m] = x.get_unchecked(m).as_ptr().cast();
         }
-        for s in 0..STREAMS {
+        for s in 0..W {
             // A short group reads its last row again.
             ws[s] = w.get_unchecked(s.min(w.len() - 1)).as_ptr().cast();
         }
-        let mut sum = [[_mm512_setzero_ps(); STREAMS]; M];
+        let mut sum = [[_mm512_setzero_ps(); W]; M];
         let mut at = 0;
         while at + 32 <= k {
             let mut b = [_mm512_setzero_si512(); M];
             for m in 0..M {
                 b[m] = _mm512_loadu_si512(xs[m].add(at).cast());
             }
-            for s in 0..STREAMS {
+            for s in 0..W {
                 let w = _mm512_loadu_si512(ws[s].add(at).cast());
                 for m in 0..M {
                     sum[m][s] = dpbf16(sum[m][s], w, b[m]);
+                }
+                if ahead {
+                    _mm_prefetch::<_MM_HINT_T0>(ws[s].wrapping_add(at + k).cast());
                 }
             }
             at += 32;
         }
         if at < k {
             let mask = (1u32 << (k - at)) - 1;
-            for s in 0..STREAMS {
+            for s in 0..W {
                 let w = _mm512_maskz_loadu_epi16(mask, ws[s].add(at));
                 for m in 0..M {
                     let b = _mm512_maskz_loadu_epi16(mask, xs[m].add(at));
@@ -176,9 +194,7 @@ unsafe fn dot_rows<const M: usize>(x: &[&[bf16]], k: usize, w: &[&[bf16]], out: 
             }
         }
         for m in 0..M {
-            for s in 0..STREAMS {
-                *out.add(m * STREAMS + s) = _mm512_reduce_add_ps(sum[m][s]);
-            }
+            <__m512 as Lanes>::sums(&sum[m], out.add(m * W));
         }
     }
 }

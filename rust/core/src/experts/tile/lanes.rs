@@ -21,8 +21,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn splat(x: f32) -> Self;
     /// `self * a + b`, rounded once.
     unsafe fn mul_add(self, a: Self, b: Self) -> Self;
-    /// Sum of the lanes, in a fixed order.
-    unsafe fn sum(self) -> f32;
+    /// Writes the sum of the lanes of each of `W` registers.
+    unsafe fn sums<const W: usize>(registers: &[Self; W], out: *mut f32);
     /// Reads `N` values.
     unsafe fn load(p: *const f32) -> Self;
     /// Writes `N` values.
@@ -55,12 +55,22 @@ impl Lanes for __m256 {
         unsafe { _mm256_fmadd_ps(self, a, b) }
     }
     #[inline(always)]
-    unsafe fn sum(self) -> f32 {
-        // SAFETY: the caller's features.
+    unsafe fn sums<const W: usize>(registers: &[Self; W], out: *mut f32) {
+        const { assert!(W.is_multiple_of(2), "registers in pairs") };
+        // SAFETY: the caller's features; W values are writable, and a pair is half of four.
         unsafe {
-            let half = _mm_add_ps(_mm256_castps256_ps128(self), _mm256_extractf128_ps::<1>(self));
-            let pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
-            _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)))
+            let pair = |i: usize| _mm256_hadd_ps(registers[i], registers[i + 1]);
+            for i in (0..W).step_by(4) {
+                let alone = i + 2 == W;
+                let four = _mm256_hadd_ps(pair(i), pair(if alone { i } else { i + 2 }));
+                let high = _mm256_extractf128_ps::<1>(four);
+                let sums = _mm_add_ps(_mm256_castps256_ps128(four), high);
+                if alone {
+                    _mm_storel_epi64(out.add(i).cast(), _mm_castps_si128(sums));
+                } else {
+                    _mm_storeu_ps(out.add(i), sums);
+                }
+            }
         }
     }
     #[inline(always)]
@@ -147,6 +157,8 @@ pub(super) unsafe fn panel<L: Lanes, const M: usize, const V: usize>(
 
 /// `out[m][s] = x[m] · w[s]` for `M` rows of x and `W` of w; lines of `out` hold `W` values.
 ///
+/// With `ahead`, the memory behind each row of w is brought closer: the next row of its stream.
+///
 /// # Safety
 ///
 /// The CPU has the features of `L`; all rows have `k` values, `out` has `M * W`.
@@ -155,10 +167,11 @@ pub(super) unsafe fn dot<L: Widen<T> + Widen<f32>, T, const M: usize, const W: u
     x: &[&[f32]],
     k: usize,
     w: &[&[T]],
+    ahead: bool,
     out: *mut f32,
 ) {
     // SAFETY: by this function's contract; vectors are read at offsets up to k - N, the rest
-    // as a part.
+    // as a part. A prefetch may name any address.
     unsafe {
         let (mut xs, mut ws) = ([std::ptr::null(); M], [std::ptr::null(); W]);
         for m in 0..M {
@@ -180,6 +193,9 @@ pub(super) unsafe fn dot<L: Widen<T> + Widen<f32>, T, const M: usize, const W: u
                 for m in 0..M {
                     sum[m][s] = w.mul_add(b[m], sum[m][s]);
                 }
+                if ahead {
+                    _mm_prefetch::<_MM_HINT_T0>(ws[s].wrapping_add(at + k).cast());
+                }
             }
             at += L::N;
         }
@@ -193,9 +209,7 @@ pub(super) unsafe fn dot<L: Widen<T> + Widen<f32>, T, const M: usize, const W: u
             }
         }
         for m in 0..M {
-            for s in 0..W {
-                *out.add(m * W + s) = sum[m][s].sum();
-            }
+            L::sums(&sum[m], out.add(m * W));
         }
     }
 }
@@ -370,25 +384,24 @@ macro_rules! by_shape {
 }
 pub(super) use by_shape;
 
-/// Calls `$call` with `M` the number of rows of a dot.
+/// Calls `$call` with `M` the number of rows of a dot, and `W` the weight rows it takes then.
 macro_rules! by_dot_rows {
-    ($rows:expr, |$m:ident| $call:expr) => {
+    ($rows:expr, $streams:expr, |$m:ident, $w:ident| $call:expr) => {
+        by_dot_rows!(@ $rows, |$m, $w| $call;
+            1 $streams, 2 $streams, 3 $streams,
+            4 $streams / 2, 5 $streams / 2, 6 $streams / 2)
+    };
+    (@ $rows:expr, |$m:ident, $w:ident| $call:expr; $($r:literal $streams:expr),+) => {
         match $rows {
-            1 => {
-                const $m: usize = 1;
+            $($r => {
+                const $m: usize = $r;
+                const $w: usize = $streams;
                 $call
-            }
-            2 => {
-                const $m: usize = 2;
-                $call
-            }
-            _ => {
-                const $m: usize = super::DOT_ROWS;
-                $call
-            }
+            })+
+            _ => unreachable!("a dot has at most DOT_ROWS rows"),
         }
     };
 }
 pub(super) use by_dot_rows;
 
-const _: () = assert!(DOT_ROWS == 3, "by_dot_rows lists the row counts");
+const _: () = assert!(DOT_ROWS == 6, "by_dot_rows lists the row counts");

@@ -31,7 +31,7 @@ use half::{bf16, f16};
 use std::sync::OnceLock;
 
 /// Rows of x that one `dot` takes.
-pub(super) const DOT_ROWS: usize = 3;
+pub(super) const DOT_ROWS: usize = 6;
 /// Rows along k that one `axpy` takes.
 pub(super) const AXPY_ROWS: usize = 4;
 
@@ -42,14 +42,14 @@ pub struct Tile<T: Element, A: Element<Acc = T::Acc>> {
     pub(super) rows: usize,
     /// Columns of a panel.
     pub(super) cols: usize,
-    /// Weight rows that one `dot` takes.
-    pub(super) streams: usize,
+    /// Weight rows that one `dot` takes, with up to half of [`DOT_ROWS`].
+    streams: usize,
     /// Up to this many rows, `dot` is faster than packing.
     pub(super) few: usize,
     /// Along k, values that stand together in a panel.
     group: usize,
     panel: unsafe fn(&Self, &[&[A]], usize, &[A], usize, &mut [T::Acc]),
-    dot: unsafe fn(&Self, &[&[A]], usize, &[&[T]], &mut [T::Acc]),
+    dot: unsafe fn(&Self, &[&[A]], usize, &[&[T]], bool, &mut [T::Acc]),
     axpy: unsafe fn(&[T::Acc], &[&[T]], &mut [T::Acc]),
     pack_rows: unsafe fn(&Self, &[&[T]], usize, usize, &mut [A]),
     pack_cols: unsafe fn(&Self, &[&[T]], usize, &mut [A]),
@@ -60,6 +60,11 @@ pub struct Tile<T: Element, A: Element<Acc = T::Acc>> {
 // The tables are reached through `Tiled::tiles(isa)` with an `isa` that this CPU has, which is what
 // every call below rests on; the lengths are asserted here, once for all instruction sets.
 impl<T: Element, A: Element<Acc = T::Acc>> Tile<T, A> {
+    /// Weight rows that a `dot` with this many rows of x takes: as many as the registers hold.
+    pub(super) fn streams(&self, rows: usize) -> usize {
+        if rows > DOT_ROWS / 2 { self.streams / 2 } else { self.streams }
+    }
+
     /// Elements of a panel over `k`.
     pub(super) fn panel_len(&self, k: usize) -> usize {
         self.cols * k.next_multiple_of(self.group)
@@ -81,13 +86,16 @@ impl<T: Element, A: Element<Acc = T::Acc>> Tile<T, A> {
         unsafe { (self.panel)(self, rows, k, panel, width, out) }
     }
 
-    /// `out[m][s] = x[m] · w[s]`, all of length `k`; rows of `out` are `streams` wide.
-    pub(super) fn dot(&self, x: &[&[A]], k: usize, w: &[&[T]], out: &mut [T::Acc]) {
-        assert!((1..=DOT_ROWS).contains(&x.len()) && (1..=self.streams).contains(&w.len()));
+    /// `out[m][s] = x[m] · w[s]`, all of length `k`; rows of `out` are `streams(x.len())` wide.
+    ///
+    /// With `ahead`, the weights that follow each of `w` in memory are brought into the cache.
+    pub(super) fn dot(&self, x: &[&[A]], k: usize, w: &[&[T]], ahead: bool, out: &mut [T::Acc]) {
+        let streams = self.streams(x.len());
+        assert!((1..=DOT_ROWS).contains(&x.len()) && (1..=streams).contains(&w.len()));
         assert!(x.iter().all(|x| x.len() == k) && w.iter().all(|w| w.len() == k));
-        assert!(out.len() >= x.len() * self.streams);
+        assert!(out.len() >= x.len() * streams);
         // SAFETY: the CPU has the features; lengths as asserted.
-        unsafe { (self.dot)(self, x, k, w, out) }
+        unsafe { (self.dot)(self, x, k, w, ahead, out) }
     }
 
     /// `out += Σ_j x[j] · w[j]`, j ascending.
@@ -143,6 +151,19 @@ impl<T: Element, A: Element<Acc = T::Acc>> Tile<T, A> {
         // SAFETY: the CPU has the features; the code itself is safe.
         unsafe { (self.gradient)(activation, gate, up, d, value) }
     }
+}
+
+/// Asks for the memory of `slice`, which is read soon.
+#[inline(always)]
+pub(super) fn fetch<T>(slice: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in slice.chunks((64 / size_of::<T>()).max(1)) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: SSE is part of x86-64, and a prefetch reads nothing the program sees.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = slice;
 }
 
 /// A row operand for weights of type `T`: `T` itself, or `f32` for the 16-bit types.

@@ -54,14 +54,15 @@ fn panel<T: Element, A: Element<Acc = T::Acc>>(
 }
 
 fn dot<T: Element, A: Element<Acc = T::Acc>>(
-    _: &Tile<T, A>,
+    tile: &Tile<T, A>,
     x: &[&[A]],
     _k: usize,
     w: &[&[T]],
+    _ahead: bool,
     out: &mut [T::Acc],
 ) {
     const LANES: usize = 8;
-    for (x, out) in x.iter().zip(out.chunks_mut(STREAMS)) {
+    for (x, out) in x.iter().zip(out.chunks_mut(tile.streams(x.len()))) {
         for (w, out) in w.iter().zip(out) {
             let mut part = [T::Acc::default(); LANES];
             for (x, w) in x.chunks(LANES).zip(w.chunks(LANES)) {

@@ -90,15 +90,16 @@ fn check_panel<T: Element, A: Operand<T>>(tile: &Tile<T, A>, k: usize) {
 }
 
 fn check_dot<T: Element, A: Operand<T>>(tile: &Tile<T, A>, k: usize) {
-    let (x, w) = (values::<A>(DOT_ROWS * k, 5), values::<T>(tile.streams * k, 6));
+    let (x, w) = (values::<A>(DOT_ROWS * k, 5), values::<T>(tile.streams(1) * k, 6));
     let (x, w) = (slices(&x, k), slices(&w, k));
     for m in 1..=DOT_ROWS {
-        for n in 1..=tile.streams {
-            let mut out = vec![T::Acc::default(); DOT_ROWS * tile.streams];
-            tile.dot(&x[..m], k, &w[..n], &mut out);
+        let streams = tile.streams(m);
+        for n in 1..=streams {
+            let mut out = vec![T::Acc::default(); m * streams];
+            tile.dot(&x[..m], k, &w[..n], m == 2, &mut out);
             for (row, x) in x[..m].iter().enumerate() {
                 for (stream, w) in w[..n].iter().enumerate() {
-                    let got = out[row * tile.streams + stream].to_f64();
+                    let got = out[row * streams + stream].to_f64();
                     assert_eq!(got, sum(x, |k| w[k]), "k {k}, m {m}, n {n}");
                 }
             }
