@@ -27,6 +27,7 @@ pub use weights::{Experts, Packing, Tensors};
 
 use crate::arena::{self, Plain, Scratch};
 use crate::chunks::for_each_chunk;
+use crate::dispatch::dispatch;
 use crate::dtype::Accumulator;
 use crate::error::{Error, Result, check_shape};
 use crate::{Element, threads};
@@ -50,13 +51,6 @@ impl Ids<'_> {
         match self {
             Self::I32(ids) => ids.len(),
             Self::I64(ids) => ids.len(),
-        }
-    }
-
-    fn get(&self, slot: usize) -> i64 {
-        match self {
-            Self::I32(ids) => ids[slot].into(),
-            Self::I64(ids) => ids[slot],
         }
     }
 }
@@ -126,32 +120,22 @@ impl<Acc: Accumulator> Plan<Acc> {
         check_shape(op, "x", &[call.x.len()], &[call.tokens * call.hidden])?;
         check_shape(op, "topk_ids", &[call.topk_ids.len()], &[slots])?;
         check_shape(op, "topk_weights", &[call.topk_weights.len()], &[slots])?;
-        let expert_of = |slot| {
-            let id = call.topk_ids.get(slot);
-            if id == -1 || id == call.sentinel {
-                return Ok(None);
-            }
-            usize::try_from(id).ok().filter(|&e| e < count).map(Some).ok_or_else(|| {
-                let expected = format!("lie in -1..{}", count as i64 - 1);
-                Error::Value { op, arg: "topk_ids", expected, got: format!("{id} at slot {slot}") }
-            })
-        };
-        let mut offsets = vec![0; count + 1];
-        for slot in 0..slots {
-            if let Some(e) = expert_of(slot)? {
-                offsets[e + 1] += 1;
-            }
+        let sentinel = (call.sentinel != -1).then_some(call.sentinel);
+        let (mut offsets, mut slot_of_row, mut row_of_slot) =
+            (vec![0; count + 1], vec![0; slots], vec![0; slots]);
+        let maps = (&mut offsets[..], &mut slot_of_row[..], &mut row_of_slot[..]);
+        match call.topk_ids {
+            Ids::I32(ids) => dispatch(ids, count, sentinel, maps.0, maps.1, maps.2),
+            Ids::I64(ids) => dispatch(ids, count, sentinel, maps.0, maps.1, maps.2),
         }
-        for e in 0..count {
-            offsets[e + 1] += offsets[e];
-        }
-        let (mut next, mut slot_of_row) = (offsets.clone(), vec![0; offsets[count]]);
-        for slot in 0..slots {
-            if let Some(e) = expert_of(slot)? {
-                slot_of_row[next[e]] = slot;
-                next[e] += 1;
-            }
-        }
+        // The user called us, not dispatch.
+        .map_err(|error| match error {
+            Error::Value { arg, expected, got, .. } => Error::Value { op, arg, expected, got },
+            other => other,
+        })?;
+        let offsets: Vec<_> = offsets.into_iter().map(|offset| offset as usize).collect();
+        let routed = slot_of_row[..offsets[count]].iter();
+        let slot_of_row: Vec<_> = routed.map(|&slot| slot as usize).collect();
         let token_of_row = slot_of_row.iter().map(|slot| slot / call.top_k).collect();
         let weight_of_row = slot_of_row.iter().map(|&slot| call.topk_weights.get(slot)).collect();
         Ok(Self { offsets, slot_of_row, token_of_row, weight_of_row })
