@@ -22,7 +22,7 @@ where
         rows: ROWS,
         cols: COLS,
         streams: STREAMS,
-        few: 4,
+        few: 1,
         group: 1,
         panel,
         dot,
