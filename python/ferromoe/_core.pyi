@@ -1,9 +1,27 @@
 """The compiled module. Private: arguments are positional and unchecked but for their values."""
 
+from collections.abc import Callable
+from os import PathLike
 from typing import Any
 
 __version__: str
 
+def assign(profit: Any) -> Any: ...
+def checkpoint_read(
+    path: str | PathLike[str],
+) -> list[tuple[str, str, list[int], str, int, int]]: ...
+def cluster(distances: list[list[float]]) -> list[tuple[int, int, float]]: ...
+def rewrite(
+    source: str | PathLike[str],
+    target: str | PathLike[str],
+    recipe: str,
+    *,
+    max_shard_bytes: int,
+    progress: Callable[[int, int, str], object] | None = None,
+) -> dict[str, Any]: ...
+def rewrite_check(
+    source: str | PathLike[str], recipe: str, max_shard_bytes: int
+) -> dict[str, Any]: ...
 def build_profile() -> str: ...
 def cpu_features() -> list[str]: ...
 def experts(

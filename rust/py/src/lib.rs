@@ -3,6 +3,7 @@
 
 use pyo3::prelude::*;
 
+mod compress;
 mod cuda;
 mod dispatch;
 mod dlpack;
@@ -18,6 +19,8 @@ mod tensor;
 
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::compress::{assign, checkpoint_read, cluster, rewrite, rewrite_check};
     #[pymodule_export]
     use super::cuda::{cuda_devices, cuda_images, cuda_verified, cuda_warmup, cuda_why_not};
     #[pymodule_export]
