@@ -31,15 +31,18 @@ impl Job {
         (self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed), doing.clone())
     }
 
-    pub(crate) fn start(&self, total: u64) {
+    /// Says how many bytes the job will write.
+    pub fn start(&self, total: u64) {
         self.total.store(total, Ordering::Relaxed);
     }
 
-    pub(crate) fn advance(&self, bytes: u64) {
+    /// Counts bytes as written.
+    pub fn advance(&self, bytes: u64) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    pub(crate) fn doing(&self, name: &str) {
+    /// Names the tensor at hand.
+    pub fn doing(&self, name: &str) {
         let mut doing = self.doing.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         name.clone_into(&mut doing);
     }
