@@ -76,8 +76,10 @@ pub(super) fn product<T: Tiled, A: Operand<T>>(
             let panel = &panels[index * len..(index + 1) * len];
             let width = run.len() * projection.per_feature;
             let mut done = 0;
+            let mut ahead = next_weights(projection, &(begin..(begin + block).min(features.end)));
             for rows in even_chunks(rows, tile.rows) {
-                tile.panel(rows, k, panel, (parts - 1) * room + width, &mut sums);
+                let ahead = ahead.next().unwrap_or(&[]);
+                tile.panel(rows, k, panel, (parts - 1) * room + width, ahead, &mut sums);
                 for (row, sums) in (done..).zip(sums.chunks_exact_mut(tile.cols)).take(rows.len()) {
                     let (first, second) = sums.split_at_mut(room);
                     let first = &mut first[..width];
@@ -89,6 +91,23 @@ pub(super) fn product<T: Tiled, A: Operand<T>>(
             }
         }
     }
+}
+
+/// The weights of the run that is packed next, in two halves: one for each of the first two
+/// products with this run's panel to fetch, which would otherwise leave the memory idle.
+fn next_weights<'a, T: Copy>(
+    projection: &Projection<'a, T>,
+    run: &Range<usize>,
+) -> impl Iterator<Item = &'a [T]> + use<'a, T> {
+    let columns = columns(projection, run);
+    let middle = columns.start + columns.len() / 2;
+    let halves = match projection.parts {
+        _ if columns.is_empty() || projection.parts().any(|part| part.matrix.along_n) => [None; 2],
+        [Some(part), None] => [(columns.start, middle), (middle, columns.end)]
+            .map(|(from, to)| Some(part.matrix.stretch(from, to))),
+        parts => parts.map(|part| part.map(|part| part.matrix.stretch(columns.start, columns.end))),
+    };
+    halves.into_iter().flatten()
 }
 
 /// Columns of a part that belong to a run of features.
@@ -248,7 +267,7 @@ pub(super) fn outer<T: Tiled, A: Operand<T>>(
         tile.pack_cols(&lines, 0, &mut panel);
         let mut done = top;
         for rows in even_chunks(&rows, tile.rows) {
-            tile.panel(rows, k, &panel, columns.len(), &mut sums);
+            tile.panel(rows, k, &panel, columns.len(), &[], &mut sums);
             for (row, sums) in (done..).zip(sums.chunks_exact(tile.cols)).take(rows.len()) {
                 T::round_slice(&sums[..columns.len()], &mut cell.row(row)[columns.clone()]);
             }

@@ -58,6 +58,14 @@ impl<'a, T> Matrix<'a, T> {
         &self.data[n * self.stride..][..self.k]
     }
 
+    /// Weights of the columns `from..to`, as they lie one behind the other; for matrices that lie
+    /// along k.
+    pub fn stretch(&self, from: usize, to: usize) -> &'a [T] {
+        debug_assert!(!self.along_n);
+        let begin = (from * self.stride).min(self.data.len());
+        &self.data[begin..(to * self.stride).clamp(begin, self.data.len())]
+    }
+
     /// Weights at `k` of columns `from..from + n`; for matrices that lie along n.
     pub fn line(&self, k: usize, from: usize, n: usize) -> &'a [T] {
         debug_assert!(self.along_n);

@@ -2,7 +2,7 @@
 #![allow(unsafe_code, reason = "functions of CPU features that Isa::detect has seen")]
 
 use super::Tile;
-use super::lanes::{self, Widen, by_dot_rows, by_shape};
+use super::lanes::{self, Ahead, Widen, by_dot_rows, by_shape};
 use crate::Element;
 use crate::experts::activation::{self, Activation};
 use half::{bf16, f16};
@@ -45,12 +45,14 @@ unsafe fn panel<T: Element<Acc = f32>>(
     k: usize,
     panel: &[f32],
     width: usize,
+    ahead: &[T],
     out: &mut [f32],
 ) {
+    let ahead = Ahead::new(ahead, k);
     let (panel, out) = (panel.as_ptr(), out.as_mut_ptr());
     // SAFETY: lengths as asserted by `Tile::panel`.
     by_shape!(rows.len(), width.div_ceil(8), [1, 2], |M, V| unsafe {
-        lanes::panel::<__m256, M, V>(rows, k, panel, COLS, out);
+        lanes::panel::<__m256, M, V>(rows, k, panel, COLS, ahead, out);
     });
 }
 

@@ -7,7 +7,7 @@
 )]
 
 use super::Tile;
-use super::lanes::{self, Lanes, Widen, by_dot_rows, by_shape};
+use super::lanes::{self, Ahead, Lanes, Widen, by_dot_rows, by_shape};
 use crate::Element;
 use crate::experts::activation::{self, Activation};
 use half::{bf16, f16};
@@ -142,12 +142,14 @@ unsafe fn panel<T: Element<Acc = f32>>(
     k: usize,
     panel: &[f32],
     width: usize,
+    ahead: &[T],
     out: &mut [f32],
 ) {
+    let ahead = Ahead::new(ahead, k);
     let (panel, out) = (panel.as_ptr(), out.as_mut_ptr());
     // SAFETY: lengths as asserted by `Tile::panel`.
     by_shape!(rows.len(), width.div_ceil(16), [1, 2, 3, 4], |M, V| unsafe {
-        lanes::panel::<__m512, M, V>(rows, k, panel, COLS, out);
+        lanes::panel::<__m512, M, V>(rows, k, panel, COLS, ahead, out);
     });
 }
 

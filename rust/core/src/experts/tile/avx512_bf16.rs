@@ -12,7 +12,7 @@
 
 use super::Tile;
 use super::avx512::{self, COLS, STREAMS};
-use super::lanes::{Lanes, by_dot_rows, by_shape, transpose};
+use super::lanes::{Ahead, Lanes, by_dot_rows, by_shape, transpose};
 use half::bf16;
 use std::arch::x86_64::*;
 
@@ -41,12 +41,14 @@ unsafe fn panel(
     k: usize,
     panel: &[bf16],
     width: usize,
+    ahead: &[bf16],
     out: &mut [f32],
 ) {
+    let ahead = Ahead::new(ahead, k / 2);
     let (panel, out) = (panel.as_ptr().cast(), out.as_mut_ptr());
     // SAFETY: lengths as asserted by `Tile::panel`.
     by_shape!(rows.len(), width.div_ceil(16), [1, 2, 3, 4], |M, V| unsafe {
-        tile::<M, V>(rows, k, panel, out);
+        tile::<M, V>(rows, k, panel, ahead, out);
     });
 }
 
@@ -58,6 +60,7 @@ unsafe fn tile<const M: usize, const V: usize>(
     rows: &[&[bf16]],
     k: usize,
     panel: *const u32,
+    mut ahead: Ahead,
     out: *mut f32,
 ) {
     // SAFETY: by this function's contract; pairs are read below k, and the last value of an odd
@@ -69,6 +72,7 @@ unsafe fn tile<const M: usize, const V: usize>(
         }
         let mut sum = [[_mm512_setzero_ps(); V]; M];
         for pair in 0..k / 2 {
+            ahead.step();
             let mut both = [0; M];
             for m in 0..M {
                 both[m] = a[m].add(pair * 2).cast::<i32>().read_unaligned();

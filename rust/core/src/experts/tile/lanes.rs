@@ -113,6 +113,36 @@ widen_256!(bf16, |p| {
 });
 widen_256!(f16, |p| _mm256_cvtph_ps(_mm_loadu_si128(p.cast())));
 
+/// Memory that a panel product brings into the core's own cache while it computes.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    next: *const u8,
+    /// Bytes per step; two cache lines are asked for in each.
+    stride: usize,
+}
+
+impl Ahead {
+    /// As much of `memory` as `steps` steps of two lines reach.
+    #[inline(always)]
+    pub(super) fn new<T>(memory: &[T], steps: usize) -> Self {
+        let stride = size_of_val(memory).div_ceil(steps.max(1)).min(128);
+        Self { next: memory.as_ptr().cast(), stride }
+    }
+
+    /// # Safety
+    ///
+    /// None beyond SSE, which is part of x86-64: a prefetch may name any address.
+    #[inline(always)]
+    pub(super) unsafe fn step(&mut self) {
+        // SAFETY: as above.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(self.next.cast());
+            _mm_prefetch::<_MM_HINT_T1>(self.next.wrapping_add(64).cast());
+        }
+        self.next = self.next.wrapping_add(self.stride);
+    }
+}
+
 /// `out[m][c] = Σ_k rows[m][k] · panel[k][c]` for `M` rows and `V * N` columns.
 ///
 /// # Safety
@@ -125,6 +155,7 @@ pub(super) unsafe fn panel<L: Lanes, const M: usize, const V: usize>(
     k: usize,
     panel: *const f32,
     cols: usize,
+    mut ahead: Ahead,
     out: *mut f32,
 ) {
     // SAFETY: by this function's contract; every access is at an index below k, M or V * N.
@@ -136,6 +167,7 @@ pub(super) unsafe fn panel<L: Lanes, const M: usize, const V: usize>(
         let mut sum = [[L::zero(); V]; M];
         for kk in 0..k {
             let line = panel.add(kk * cols);
+            ahead.step();
             let mut b = [L::zero(); V];
             for v in 0..V {
                 b[v] = L::load(line.add(v * L::N));

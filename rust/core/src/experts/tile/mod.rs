@@ -48,7 +48,7 @@ pub struct Tile<T: Element, A: Element<Acc = T::Acc>> {
     pub(super) few: usize,
     /// Along k, values that stand together in a panel.
     group: usize,
-    panel: unsafe fn(&Self, &[&[A]], usize, &[A], usize, &mut [T::Acc]),
+    panel: unsafe fn(&Self, &[&[A]], usize, &[A], usize, &[T], &mut [T::Acc]),
     dot: unsafe fn(&Self, &[&[A]], usize, &[&[T]], bool, &mut [T::Acc]),
     axpy: unsafe fn(&[T::Acc], &[&[T]], &mut [T::Acc]),
     pack_rows: unsafe fn(&Self, &[&[T]], usize, usize, &mut [A]),
@@ -71,19 +71,22 @@ impl<T: Element, A: Element<Acc = T::Acc>> Tile<T, A> {
     }
 
     /// `out[m][c] = Σ_k rows[m][k] · panel[k][c]` for c < `width`; rows of `out` are `cols` wide.
+    ///
+    /// Meanwhile `ahead` is brought into the cache, as far as there is time for it.
     pub(super) fn panel(
         &self,
         rows: &[&[A]],
         k: usize,
         panel: &[A],
         width: usize,
+        ahead: &[T],
         out: &mut [T::Acc],
     ) {
         assert!((1..=self.rows).contains(&rows.len()) && (1..=self.cols).contains(&width));
         assert!(rows.iter().all(|row| row.len() == k) && panel.len() >= self.panel_len(k));
         assert!(out.len() >= rows.len() * self.cols);
         // SAFETY: the CPU has the features; lengths as asserted.
-        unsafe { (self.panel)(self, rows, k, panel, width, out) }
+        unsafe { (self.panel)(self, rows, k, panel, width, ahead, out) }
     }
 
     /// `out[m][s] = x[m] · w[s]`, all of length `k`; rows of `out` are `streams(x.len())` wide.

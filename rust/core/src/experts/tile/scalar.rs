@@ -40,6 +40,7 @@ fn panel<T: Element, A: Element<Acc = T::Acc>>(
     k: usize,
     panel: &[A],
     _width: usize,
+    _ahead: &[T],
     out: &mut [T::Acc],
 ) {
     for (row, out) in rows.iter().zip(out.chunks_exact_mut(COLS)) {

@@ -48,7 +48,7 @@ fn check_panel<T: Element, A: Operand<T>>(tile: &Tile<T, A>, k: usize) {
         let middle = tile.cols / 2;
         tile.pack_rows(&w[..width.min(middle)], k, 0, &mut panel);
         tile.pack_rows(&w[width.min(middle)..], k, middle, &mut panel);
-        tile.panel(&x[..m], k, &panel, width, &mut out);
+        tile.panel(&x[..m], k, &panel, width, &by_row, &mut out);
         for (row, x) in x[..m].iter().enumerate() {
             for column in 0..width {
                 let (got, want) = (out[row * tile.cols + column], sum(x, |k| w[column][k]));
@@ -65,7 +65,7 @@ fn check_panel<T: Element, A: Operand<T>>(tile: &Tile<T, A>, k: usize) {
         let right: Vec<_> = lines.iter().map(|line| &line[cut..]).collect();
         tile.pack_cols(&left, 0, &mut panel);
         tile.pack_cols(&right, cut, &mut panel);
-        tile.panel(&x[..m], k, &panel, width, &mut out);
+        tile.panel(&x[..m], k, &panel, width, &by_row, &mut out);
         for (row, x) in x[..m].iter().enumerate() {
             for column in 0..width {
                 let (got, want) = (out[row * tile.cols + column], sum(x, |k| lines[k][column]));
@@ -79,7 +79,7 @@ fn check_panel<T: Element, A: Operand<T>>(tile: &Tile<T, A>, k: usize) {
         let mut panel = vec![A::default(); tile.panel_len(k)];
         tile.pack_rows(&w[..tile.cols], k, 0, &mut panel);
         let mut out = vec![T::Acc::default(); tile.rows * tile.cols];
-        tile.panel(&x[..m], k, &panel, tile.cols, &mut out);
+        tile.panel(&x[..m], k, &panel, tile.cols, &[], &mut out);
         for (row, x) in x[..m].iter().enumerate() {
             for (column, w) in w[..tile.cols].iter().enumerate() {
                 let got = out[row * tile.cols + column].to_f64();
