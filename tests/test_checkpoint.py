@@ -1,164 +1,305 @@
-"""Reading and rewriting checkpoint folders, through the compiled module."""
+"""Checkpoint folders: checked before they are read, rewritten whole or not at all."""
+
+from __future__ import annotations
 
 import json
 import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ferromoe import _core
 
-
-def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
-    return path
+E, I, H = 4, 6, 5  # noqa: E741
+BIG = 1 << 30
 
 
-def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def save_sharded(folder: Path, shards: dict[str, dict[str, torch.Tensor]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
-    for file, tensors in shards.items():
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Four experts of separate tensors, a router, and a tensor that nobody touches."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    tensors = {"embed": randn(7, H).bfloat16(), "gate": randn(E, H, seed=1)}
+    for e in range(E):
+        for part, shape in (("g", (I, H)), ("u", (I, H)), ("d", (H, I))):
+            tensors[f"e.{e}.{part}"] = randn(*shape, seed=10 * e + ord(part))
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{1}")
     return folder
 
 
-def test_every_tensor_is_found_where_it_lies(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5), "c": torch.randn(0, 7).bfloat16()}
-    save_sharded(tmp_path, {"s1.safetensors": {"b": tensors["b"]},
-                            "s0.safetensors": {"a": tensors["a"], "c": tensors["c"]}})  # fmt: skip
-    rows = _core.checkpoint_read(tmp_path)
-    assert [row[3] for row in rows] == sorted(row[3] for row in rows)
-    assert {row[0]: (row[1], row[2]) for row in rows} == {
-        "a": ("F32", [3, 4]),
-        "b": ("I64", [5]),
-        "c": ("BF16", [0, 7]),
-    }
-    for name, _, _, shard, begin, end in rows:
-        data = (tmp_path / shard).read_bytes()[begin:end]
-        assert data == tensors[name].view(torch.uint8).numpy().tobytes()
+def recipe(tensors: list[dict[str, Any]], layers: list[dict[str, Any]] | None = None) -> str:
+    whole = {"format": "ferromoe-recipe", "version": 1, "config": '{"new": 1}'}
+    return json.dumps(
+        whole | {"files": ["tokenizer.json"], "layers": layers or [], "tensors": tensors}
+    )
 
 
-def test_a_single_file_is_a_checkpoint_too(tmp_path: Path) -> None:
-    save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
-    assert _core.checkpoint_read(tmp_path) == _core.checkpoint_read(tmp_path / "other.safetensors")
-    save_file({"y": torch.ones(3)}, tmp_path / "model.safetensors")
-    assert [row[0] for row in _core.checkpoint_read(str(tmp_path))] == ["y"]
+def copies(source: Path) -> list[dict[str, Any]]:
+    return [{"name": t[0], "op": "copy", "from": t[0]} for t in _core.checkpoint_read(source)]
 
 
-CORRUPT: dict[str, tuple[Any, bytes, int | None, str]] = {
-    "length": ({}, b"", 1 << 62, "header length"),
-    "length past the end": ({}, b"", 99, "header length of .* must be at most 2, got 99"),
-    "no JSON": (b"{nonsense", b"", None, "must be a JSON object"),
-    "an array": ([1, 2], b"", None, "must be a JSON object"),
-    "dtype": ({"a": entry("F33", [2], 0, 8)}, bytes(8), None, "dtype of a .* known, got F33"),
-    "shape": ({"a": entry("F32", [3], 0, 8)}, bytes(8), None, "span the 12 bytes"),
-    "overflow": ({"a": entry("F32", [1 << 40, 1 << 40], 0, 8)}, bytes(8), None, "shape of a"),
-    "half a byte": ({"a": entry("F4", [3], 0, 1)}, bytes(1), None, "whole bytes"),
-    "backwards": ({"a": entry("F32", [2], 8, 0)}, bytes(8), None, "data_offsets of a"),
-    "gap": (
-        {"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 3, 5)},
-        bytes(5),
-        None,
-        "data_offsets of b .* start where the tensor before it ends, at 2, got 3",
-    ),
-    "overlap": (
-        {"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 1, 3)},
-        bytes(3),
-        None,
-        "data_offsets of b",
-    ),
-    "twice": (
-        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
-        b'"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
-        bytes(2),
-        None,
-        "name each tensor once, got a twice",
-    ),
-    "extra": ({"a": {**entry("U8", [1], 0, 1), "b": 1}}, bytes(1), None, "tensor a"),
-    "truncated": ({"a": entry("U8", [9], 0, 9)}, bytes(8), None, "truncated"),
-    "trailing": ({"a": entry("U8", [9], 0, 9)}, bytes(10), None, "size of"),
-    "huge offsets": ({"a": entry("U8", [0], 2**64 - 1, 2**64 - 1)}, b"", None, "data_offsets of a"),
-}
+def rewrite(source: Path, target: Path, text: str, **options: Any) -> dict[str, Any]:
+    return _core.rewrite(source, target, text, max_shard_bytes=options.pop("shard", BIG), **options)
 
 
-@pytest.mark.parametrize("kind", CORRUPT)
-def test_a_corrupt_file_is_refused_and_named(tmp_path: Path, kind: str) -> None:
-    header, data, length, match = CORRUPT[kind]
-    write(tmp_path / "model.safetensors", header, data, length)
-    with pytest.raises(ValueError, match=match) as caught:
-        _core.checkpoint_read(tmp_path)
-    assert str(caught.value).startswith("checkpoint: ")
-    assert "model.safetensors" in str(caught.value)
+def load(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
 
 
-def test_a_file_shorter_than_its_length_field_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"abc")
-    with pytest.raises(ValueError, match="at least 8 bytes, got 3"):
-        _core.checkpoint_read(tmp_path)
+def layer(groups: list[dict[str, Any]], align: str = "none", **changes: Any) -> dict[str, Any]:
+    tensors = {"gate": "e.{e}.g", "up": "e.{e}.u", "down": "e.{e}.d"}
+    made = {"name": "layer 0", "packing": "separate", "transposed": False, "tensors": tensors}
+    return made | {"align": align, "groups": groups} | changes
 
 
-def test_what_is_not_there_is_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere must exist"):
+def merges(groups: int) -> list[dict[str, Any]]:
+    parts = {"gate": "g", "up": "u", "down": "d"}
+    return [
+        {"name": f"e.{g}.{short}", "op": "merge", "layer": 0, "part": part, "groups": [g]}
+        for g in range(groups)
+        for part, short in parts.items()
+    ]
+
+
+def test_a_copy_has_the_same_tensors_and_files(source: Path, tmp_path: Path) -> None:
+    report = rewrite(source, tmp_path / "out", recipe(copies(source)))
+    before, after = (
+        load_file(source / "model.safetensors"),
+        load_file(tmp_path / "out/model.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert (tmp_path / "out/config.json").read_text() == '{"new": 1}'
+    assert report["resumed"] == 0
+
+
+def test_small_shards_have_an_index(source: Path, tmp_path: Path) -> None:
+    rewrite(source, tmp_path / "out", recipe(copies(source)), shard=400)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 3
+    facts = _core.checkpoint_read(tmp_path / "out")
+    assert {fact[0]: fact[3] for fact in facts} == index["weight_map"]
+
+
+def test_selected_slices(source: Path, tmp_path: Path) -> None:
+    tensors = [
+        {"name": "rows", "op": "select", "from": "gate", "axis": 0, "indices": [3, 1, 3]},
+        {"name": "columns", "op": "select", "from": "embed", "axis": 1, "indices": [4, 0]},
+    ]
+    rewrite(source, tmp_path / "out", recipe(tensors))
+    before, after = (
+        load_file(source / "model.safetensors"),
+        load_file(tmp_path / "out/model.safetensors"),
+    )
+    assert torch.equal(after["rows"], before["gate"][[3, 1, 3]])
+    assert torch.equal(after["columns"], before["embed"][:, [4, 0]])
+
+
+def test_weighted_means(source: Path, tmp_path: Path) -> None:
+    groups = [{"members": [0, 2], "weights": [3, 1]}, {"members": [1], "weights": [0.1]}]
+    tensors = [{"name": "gate", "op": "mean", "from": "gate", "axis": 0, "groups": groups}]
+    made = layer([group | {"reference": group["members"][0]} for group in groups])
+    rewrite(source, tmp_path / "out", recipe([*tensors, *merges(2)], [made]))
+    before, after = (
+        load_file(source / "model.safetensors"),
+        load_file(tmp_path / "out/model.safetensors"),
+    )
+    for name, zero, one, two in (
+        ("gate", before["gate"][0], before["gate"][1], before["gate"][2]),
+        *((f"e.0.{p}", *(before[f"e.{e}.{p}"] for e in range(3))) for p in "gud"),
+    ):
+        merged = after[name][0] if name == "gate" else after[name]
+        assert torch.equal(merged, 0.75 * zero + 0.25 * two)
+        kept = after[name][1] if name == "gate" else after[name.replace("e.0", "e.1")]
+        assert torch.equal(kept, one)
+
+
+@pytest.mark.parametrize("packing", ["separate", "halves", "interleaved", "transposed"])
+def test_merging_disguised_copies_of_an_expert_gives_it_back(tmp_path: Path, packing: str) -> None:
+    """Expert 1 is expert 0 with its neurons permuted and some linear branches negated."""
+    gate, up, down = randn(I, H), randn(I, H, seed=1), randn(H, I, seed=2)
+    order, sign = torch.tensor([3, 0, 5, 1, 4, 2]), torch.tensor([1.0, -1, 1, -1, -1, 1])
+    twins = [(gate, up, down)]
+    twins.append((gate[order], up[order] * sign[:, None], down[:, order] * sign))
+    folder = tmp_path / "source"
+    folder.mkdir()
+    options: dict[str, Any] = {}
+    if packing == "separate":
+        names = "gud"
+        stored = {f"e.{e}.{p}": t for e in (0, 1) for p, t in zip(names, twins[e], strict=True)}
+        outputs = merges(1)
+    else:
+        fused, downs = [], []
+        for g, u, d in twins:
+            pair = torch.stack([g, u], 1) if packing == "interleaved" else torch.stack([g, u])
+            both = pair.reshape(2 * I, H)
+            fused.append(both.T if packing == "transposed" else both)
+            downs.append(d.T if packing == "transposed" else d)
+        stored = {"gu": torch.stack(fused), "d": torch.stack(downs)}
+        options = {"packing": "halves" if packing == "transposed" else packing}
+        options |= {"tensors": {"gate_up": "gu", "down": "d"}}
+        options |= {"transposed": packing == "transposed"}
+        outputs = [
+            {"name": name, "op": "merge", "layer": 0, "part": part, "groups": [0]}
+            for name, part in (("gu", "gate_up"), ("d", "down"))
+        ]
+    save_file({name: t.contiguous() for name, t in stored.items()}, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_text("")
+    group = {"members": [0, 1], "weights": [0.5, 0.5], "reference": 0}
+    rewrite(folder, tmp_path / "out", recipe(outputs, [layer([group], "perm-sign", **options)]))
+    after = load_file(tmp_path / "out/model.safetensors")
+    for name, merged in after.items():
+        original = stored[name] if packing == "separate" else stored[name][:1]
+        torch.testing.assert_close(merged, original.contiguous())
+
+
+def test_an_interrupted_run_goes_on(source: Path, tmp_path: Path) -> None:
+    text, out = recipe(copies(source)), tmp_path / "out"
+    rewrite(source, tmp_path / "whole", text, shard=400)
+    calls = []
+
+    def stop(done: int, total: int, tensor: str) -> None:
+        calls.append((done, total, tensor))
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        rewrite(source, out, text, shard=400, progress=stop)
+    # A stop can come after the last byte here; a half-finished folder is made by hand as well.
+    for name in ("config.json", "model.safetensors.index.json", "tokenizer.json"):
+        (out / name).unlink(missing_ok=True)
+    facts = rewrite(source, tmp_path / "third", text, shard=400)["shards"]
+    done = [dict(zip(("shard", "bytes", "sha256"), fact, strict=True)) for fact in facts[:2]]
+    assert calls
+    assert done
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    third = {path.name: path.read_bytes() for path in (tmp_path / "third").iterdir()}
+    assert whole == third
+
+
+def test_killed_between_shards_and_resumed(source: Path, tmp_path: Path) -> None:
+    """A child is killed while it writes; the same call then finishes with the same bytes."""
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    text = recipe(copies(source))
+    rewrite(source, tmp_path / "whole", text, shard=400)
+    code = (
+        "import sys, time; from ferromoe import _core\n"
+        "_core.rewrite(sys.argv[1], sys.argv[2], sys.stdin.read(), max_shard_bytes=400)"
+    )
+    out = tmp_path / "out"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(source), str(out)], stdin=subprocess.PIPE
+    )
+    assert child.stdin is not None
+    child.stdin.write(text.encode())
+    child.stdin.close()
+    while not (out / "progress.jsonl").exists() and child.poll() is None:
+        time.sleep(0.0005)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    rewrite(source, out, text, shard=400) if (out / "progress.jsonl").exists() else None
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+
+
+def test_a_folder_of_something_else_is_left_alone(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="must be a new or empty folder"):
+        rewrite(source, out, recipe(copies(source)))
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ValueError, match="output must be another folder than the source"):
+        rewrite(source, source, recipe(copies(source)))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "message"),
+    [
+        (lambda b: b[:-1], ValueError, r"truncated\?"),
+        (lambda b: b[:4], ValueError, "be at least 8 bytes, got 4"),
+        (lambda b: struct.pack("<Q", 1 << 60) + b[8:], ValueError, "header length"),
+        (lambda b: b[:8] + b"[" + b[9:], ValueError, "header of .* must be a JSON object"),
+        (lambda b: b.replace(b'"F32"', b'"F99"'), ValueError, "dtype of .* must be known, got F99"),
+        (lambda b: b.replace(b"[4,5]", b"[4,6]"), ValueError, "must span the 96 bytes"),
+    ],
+)
+def test_a_corrupt_file_is_refused(
+    source: Path, break_it: Any, error: type[Exception], message: str
+) -> None:
+    file = source / "model.safetensors"
+    file.write_bytes(break_it(file.read_bytes()))
+    with pytest.raises(error, match=message):
+        _core.checkpoint_read(source)
+
+
+def test_missing_and_pickled_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
         _core.checkpoint_read(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="must hold model"):
+    with pytest.raises(FileNotFoundError, match=r"hold model\.safetensors or"):
         _core.checkpoint_read(tmp_path)
-    save_sharded(tmp_path, {"s0.safetensors": {"a": torch.ones(1)}})
-    (tmp_path / "s0.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"s0\.safetensors must exist"):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"pickle files only \(pytorch_model.bin\)"):
         _core.checkpoint_read(tmp_path)
 
 
-def test_pickles_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
-        with pytest.raises(ValueError, match=r"pickle files only .*save_pretrained"):
-            _core.checkpoint_read(path)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"op": "copy", "from": "nothing"}, "no nothing"),
+        ({"op": "select", "from": "gate", "axis": 2, "indices": [0]}, "axis of x must"),
+        (
+            {"op": "select", "from": "gate", "axis": 0, "indices": [4]},
+            "indices of x must",
+        ),
+        ({"op": "magic"}, "recipe must be a recipe in JSON"),
+        (
+            {"op": "merge", "layer": 0, "part": "gate", "groups": [0]},
+            "layer of x must",
+        ),
+    ],
+)
+def test_a_wrong_recipe_writes_nothing(
+    source: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        rewrite(source, tmp_path / "out", recipe([{"name": "x"} | change]))
+    assert not (tmp_path / "out").exists()
 
 
-def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> None:
-    folder = save_sharded(tmp_path, {"s0.safetensors": {"a": torch.ones(1), "d": torch.ones(1)},
-                                     "s1.safetensors": {"b": torch.ones(1)}})  # fmt: skip
-    index = folder / "model.safetensors.index.json"
-    good = json.loads(index.read_text())
-    for change, match in [
-        ({"a": "s1.safetensors"}, "must hold a, .* got it in s0"),
-        ({"c": "s1.safetensors"}, "must hold c, .* got no such tensor"),
-        ({"c": "../s1.safetensors"}, "plain file name"),
-    ]:
-        index.write_text(json.dumps({"weight_map": {**good["weight_map"], **change}}))
-        with pytest.raises(ValueError, match=match):
-            _core.checkpoint_read(folder)
-    index.write_text("{")
-    with pytest.raises(ValueError, match="must be JSON with a weight_map"):
-        _core.checkpoint_read(folder)
-    index.unlink()
-    with pytest.raises(ValueError, match="several safetensors files"):
-        _core.checkpoint_read(folder)
+def test_what_cannot_be_averaged_is_refused(source: Path, tmp_path: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["e.1.g"][2, 3] = torch.nan
+    save_file(tensors, source / "model.safetensors")
+    made = layer([{"members": [0, 1], "weights": [1, 1], "reference": 0}])
+    with pytest.raises(ValueError, match=r"e\.1\.g must hold finite numbers, got NaN"):
+        rewrite(source, tmp_path / "out", recipe(merges(1), [made]))
+    leftovers = [path.name for path in (tmp_path / "out").iterdir()]
+    assert leftovers == ["progress.jsonl"]
+    integers = {name: t.to(torch.int8) for name, t in tensors.items()}
+    save_file(integers, source / "model.safetensors")
+    with pytest.raises(NotImplementedError, match="only floating-point weights can be averaged"):
+        rewrite(source, tmp_path / "out2", recipe(merges(1), [made]))
 
 
-def test_assign_takes_and_gives_arrays() -> None:
-    profit = np.array([[1, 2, 2], [4, 2, 6], [11, 1, 4]], np.float32)
-    columns = _core.assign(profit)
-    assert (columns.dtype, columns.tolist()) == (np.int32, [1, 2, 0])
-    assert _core.assign(torch.tensor(profit)).tolist() == [1, 2, 0]
-    with pytest.raises(ValueError, match=r"assign: profit must have shape \[2, 2\], got \[2, 3\]"):
-        _core.assign(profit[:2])
-
-
-def test_cluster_lists_the_merges() -> None:
-    distances = [[0.0, 1.0, 4.0], [1.0, 0.0, 2.0], [4.0, 2.0, 0.0]]
-    assert _core.cluster(distances) == [(0, 1, 1.0), (0, 2, 4.0)]
-    assert _core.cluster(distances, "average") == [(0, 1, 1.0), (0, 2, 3.0)]
-    with pytest.raises(ValueError, match="linkage must be complete, average or single"):
-        _core.cluster(distances, "ward")
+def test_assignment_and_clustering() -> None:
+    assert _core.assign(torch.tensor([[1.0, 5.0], [4.0, 2.0]])).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="profit must be finite"):
+        _core.assign(torch.tensor([[torch.nan]]))
+    assert _core.cluster([[0.0, 1.0], [1.0, 0.0]]) == [(0, 1, 1.0)]

@@ -31,18 +31,15 @@ impl Job {
         (self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed), doing.clone())
     }
 
-    /// Says how many bytes the job will write.
-    pub fn start(&self, total: u64) {
+    pub(crate) fn start(&self, total: u64) {
         self.total.store(total, Ordering::Relaxed);
     }
 
-    /// Counts bytes as written.
-    pub fn advance(&self, bytes: u64) {
+    pub(crate) fn advance(&self, bytes: u64) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Names the tensor at hand.
-    pub fn doing(&self, name: &str) {
+    pub(crate) fn doing(&self, name: &str) {
         let mut doing = self.doing.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         name.clone_into(&mut doing);
     }

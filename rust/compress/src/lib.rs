@@ -1,14 +1,14 @@
 //! Expert matrices and checkpoint folders: align, cluster, merge, prune, stream.
-//!
-//! Jobs here take seconds to hours, so each takes a [`job::Job`] that tells it to stop. Results are
-//! the same for any number of threads.
 
+pub mod align;
 pub mod assign;
 pub mod checkpoint;
 pub mod cluster;
 pub mod error;
 pub mod job;
-#[cfg(test)]
-mod random;
+pub mod merge;
+pub mod recipe;
+pub mod rewrite;
 
 pub use error::{Error, Result};
+pub use job::Job;

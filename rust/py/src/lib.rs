@@ -20,7 +20,7 @@ mod tensor;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::compress::{assign, checkpoint_read, cluster};
+    use super::compress::{assign, checkpoint_read, cluster, rewrite, rewrite_check};
     #[pymodule_export]
     use super::cuda::{cuda_devices, cuda_images, cuda_verified, cuda_warmup, cuda_why_not};
     #[pymodule_export]

@@ -3,9 +3,11 @@
 pub mod dtype;
 pub mod header;
 pub mod reader;
+pub mod source;
 
 pub use dtype::Dtype;
 pub use reader::Checkpoint;
+pub use source::Source;
 
 /// What reading a checkpoint is called in messages.
 const OP: &str = "checkpoint";

@@ -1,0 +1,15 @@
+"""How many random cases: few, or many with `make test-slow`."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "few",
+    max_examples=25,
+    deadline=None,  # the machines that run this share their cores
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("many", settings.get_profile("few"), max_examples=2500)
+settings.load_profile("many" if os.environ.get("FERROMOE_SLOW") else "few")
