@@ -1,0 +1,64 @@
+"""How well a model predicts a text: bits per byte."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families import open_checkpoint
+from .calibrate import load_model, read_text, read_tokens, windows
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found."""
+
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+def nats(model: Any, tokens: Tensor) -> float:
+    """Return the total surprise of sequences [N, L] in nats, without each one's first token."""
+    with torch.inference_mode():
+        logits = model(tokens, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    wanted = tokens[:, 1:].flatten()
+    return float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+
+
+def evaluate(
+    model: str | Path,
+    text: str | Path,
+    *,
+    progress: Callable[[int, int, str], object] = lambda done, total, what: None,
+) -> Evaluation:
+    """Measure bits per byte of a checkpoint folder on a text.
+
+    The text is cut into sequences of the model's length, at most 2048 tokens; each sequence's first
+    token is context only, and its bytes are not counted (of a token, the mean over the text).
+    """
+    checkpoint = open_checkpoint(model)
+    data = read_text(text, "eval")
+    tokens = read_tokens(checkpoint, data)
+    batches = [batch for batch in windows(tokens, checkpoint) if batch.shape[1] > 1]
+    predicted = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+    if not predicted:
+        raise ValueError(f"eval: text must have 2 tokens or more, got {len(tokens)}")
+    progress(0, len(batches), "loading the model")
+    loaded = load_model(checkpoint)
+    start, total = time.perf_counter(), 0.0
+    for number, batch in enumerate(batches):
+        progress(number, len(batches), "held-out text")
+        total += nats(loaded, batch)
+    progress(len(batches), len(batches), "held-out text")
+    counted = len(data) * predicted / len(tokens)
+    seconds = time.perf_counter() - start
+    return Evaluation(total / log(2) / counted, len(tokens), len(data), seconds)

@@ -1,0 +1,207 @@
+"""Model families as data: how a checkpoint is recognised, and where its experts lie.
+
+`families.json` holds one record per family; a new family is a new record. Names are those of the
+files on disk, with ``{l}`` for the decoder layer and ``{e}`` for the expert (names without ``{e}``
+hold all experts, first axis). A record's `layouts` are tried in order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import _core
+
+PARTS = ("gate", "up", "gate_up", "down", "gate_bias", "up_bias", "gate_up_bias", "down_bias")
+
+
+class TensorFacts(NamedTuple):
+    """Where one tensor of a checkpoint lies."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    shard: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One layer with experts: the names of its tensors, `{e}` left in."""
+
+    number: int
+    """Decoder layer."""
+    router: str
+    vectors: tuple[str, ...]
+    """Further tensors with one entry per expert: router bias, selection correction."""
+    parts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose headers have been checked, and its family's record."""
+
+    folder: Path
+    family: str
+    record: dict[str, Any]
+    config: dict[str, Any]
+    tensors: dict[str, TensorFacts]
+    layers: tuple[MoeLayer, ...]
+    packing: str
+    transposed: bool
+    num_experts: int
+    top_k: int
+    num_groups: int
+    """Blocks of experts that group-limited routing chooses among; 1 elsewhere."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The part of the config that describes the language model."""
+        return _settings(self.config)
+
+    @property
+    def renormalised(self) -> bool:
+        """Whether a token's weights sum to one whatever experts are left."""
+        known = self.record.get("renormalised")
+        return (
+            bool(self.settings.get(self.record.get("renorm_key", ""))) if known is None else known
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and every tensor's name, dtype and shape."""
+        facts = sorted((t.name, t.dtype, list(t.shape)) for t in self.tensors.values())
+        text = json.dumps([self.config, facts], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def nbytes(self, names: set[str] | None = None) -> int:
+        """Bytes of all tensors, or of those named."""
+        facts = self.tensors.values()
+        return sum(t.end - t.begin for t in facts if names is None or t.name in names)
+
+    def expert_names(self, layer: MoeLayer) -> set[str]:
+        """Names of all tensors that hold the layer's experts."""
+        names = set()
+        for pattern in layer.parts.values():
+            for expert in range(self.num_experts if "{e}" in pattern else 1):
+                names.add(pattern.replace("{e}", str(expert)))
+        return names
+
+
+@cache
+def families() -> dict[str, dict[str, Any]]:
+    """Return every record, by model type."""
+    text = resources.files(__package__).joinpath("families.json").read_text(encoding="utf-8")
+    found: dict[str, dict[str, Any]] = json.loads(text)
+    return found
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = config.get("text_config", config)
+    return nested
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open a transformers checkpoint folder: read its config, check every header, find its experts.
+
+    No tensor data is read.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder, its config.json or its weights are missing.
+    ValueError
+        If the config names no known family, the files are corrupt, or they do not fit the record.
+    """
+    folder = Path(folder)
+    facts = [TensorFacts(*fact) for fact in _core.checkpoint_read(folder)]
+    tensors = {fact.name: fact for fact in facts}
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"checkpoint: {folder} must hold a config.json, got none"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint: config.json of {folder} must be JSON, got {error}"
+        ) from error
+    settings = _settings(config)
+    family = settings.get("model_type")
+    if family not in families():
+        raise ValueError(
+            f"checkpoint: model_type of {folder} must be one of {', '.join(sorted(families()))}, "
+            f"got {family!r}"
+        )
+    record = families()[family]
+    counts = [settings[key] for key in record["count_keys"] if key in settings]
+    if not counts or record["top_k_key"] not in settings:
+        wanted = [*record["count_keys"], record["top_k_key"]]
+        raise ValueError(f"checkpoint: config.json of {folder} must have {wanted}, got neither")
+    layout, layers = _layers(folder, record, tensors, counts[0])
+    return Checkpoint(
+        folder=folder,
+        family=family,
+        record=record,
+        config=config,
+        tensors=tensors,
+        layers=layers,
+        packing=layout["packing"],
+        transposed=layout.get("transposed", False),
+        num_experts=counts[0],
+        top_k=settings[record["top_k_key"]],
+        num_groups=settings.get(record.get("groups_key", ""), 1) or 1,
+    )
+
+
+def _layers(
+    folder: Path, record: dict[str, Any], tensors: dict[str, TensorFacts], num_experts: int
+) -> tuple[dict[str, Any], tuple[MoeLayer, ...]]:
+    """Find the layers that have a router, and the layout that all their experts follow."""
+    router = re.compile(re.escape(record["router"]).replace(r"\{l\}", r"(\d+)") + "$")
+    numbers = sorted(int(match[1]) for name in tensors if (match := router.match(name)))
+    if not numbers:
+        raise ValueError(
+            f"checkpoint: {folder} must have routers named {record['router']}, got none"
+        )
+
+    def named(pattern: str, number: int) -> str:
+        return pattern.replace("{l}", str(number))
+
+    for layout in record["layouts"]:
+        parts = {part: layout[part] for part in PARTS if part in layout}
+        names = [
+            named(pattern, number).replace("{e}", str(expert))
+            for number in numbers
+            for pattern in parts.values()
+            for expert in range(num_experts if "{e}" in pattern else 1)
+        ]
+        if all(name in tensors for name in names):
+            break
+    else:
+        missing = next(name for name in names if name not in tensors)
+        raise ValueError(f"checkpoint: {folder} must hold every expert, got no {missing}")
+    layers = []
+    for number in numbers:
+        vectors = [named(pattern, number) for pattern in record["per_expert_vectors"]]
+        layer = MoeLayer(
+            number=number,
+            router=named(record["router"], number),
+            vectors=tuple(name for name in vectors if name in tensors),
+            parts={part: named(pattern, number) for part, pattern in parts.items()},
+        )
+        shape = tensors[layer.router].shape
+        if shape[0] != num_experts:
+            raise ValueError(
+                f"checkpoint: {layer.router} must have {num_experts} rows, as the config says, got "
+                f"{shape}"
+            )
+        layers.append(layer)
+    return layout, tuple(layers)
