@@ -68,7 +68,7 @@ def _same(agreement: quality.Agreement) -> str:
 
 def _quality_rows(variants: list[quality.Variant]) -> tuple[list[str], list[list[str]]]:
     domains = list(variants[0].bits)
-    header = ["", "experts", "size", *domains, "took"]
+    header = ["", "experts", "size", *(f"{domain}, bits/byte" for domain in domains), "took"]
     rows = []
     for variant in variants:
         took = f"{variant.seconds:.1f} s" if variant.seconds else "-"
@@ -78,23 +78,15 @@ def _quality_rows(variants: list[quality.Variant]) -> tuple[list[str], list[list
     return header, rows
 
 
-def _speed_title(shape: Shape) -> str:
-    threads = torch.get_num_threads()
-    return f"Experts of one layer of {shape}, bfloat16, {threads} threads: milliseconds per call"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
-
-
 def _speed_rows(timings: list[speed.Timing]) -> tuple[list[str], list[list[str]]]:
-    header = ["", "tokens", *speed.IMPLEMENTATIONS, "limit", "limit/ours", "vs eager", "vs grouped"]
+    header = ["", "tokens", *(f"{way}, ms" for way in speed.IMPLEMENTATIONS), "limit, ms"]
+    header += ["of the limit", "vs eager", "vs grouped_mm"]
     rows = []
     for timing in timings:
-        times = [_milliseconds(timing.seconds[way]) for way in speed.IMPLEMENTATIONS]
+        times = [f"{1e3 * timing.seconds[way]:.2f}" for way in speed.IMPLEMENTATIONS]
         share = f"{timing.limit / timing.seconds['ferromoe']:.2f}"
         ratios = [f"{timing.ratio(way):.1f}x" for way in ("eager", "grouped_mm")]
-        limit = _milliseconds(timing.limit)
+        limit = f"{1e3 * timing.limit:.2f}"
         rows.append([timing.what, str(timing.tokens), *times, limit, share, *ratios])
     return header, rows
 
@@ -113,12 +105,12 @@ def _print_quality(
 ) -> None:
     verdict = "[green]agree[/green]" if agreement.agree else "[red]do not agree[/red]"
     console.print(f"\nLogits with stock experts and with ours {verdict}: {_same(agreement)}.\n")
-    title = "The shipped model, reloaded in stock transformers: bits per byte on held-out text"
+    title = "The shipped model, compressed and reloaded in stock transformers, on held-out text"
     console.print(_table(title, *_quality_rows(variants)))
 
 
 def _print_speed(console: Console, shape: Shape, timings: list[speed.Timing]) -> None:
-    title = _speed_title(shape)
+    title = f"Experts of one layer of {shape}, bfloat16, {torch.get_num_threads()} threads"
     console.print()
     console.print(_table(title, *_speed_rows(timings)))
 
@@ -149,9 +141,7 @@ def _page(
             f"{best.name}, mean over the held-out texts, from {original.mean_bits:.2f}",
         ),
     ]
-    page.heading(
-        "The shipped model, reloaded in stock transformers: bits per byte on held-out text"
-    )
+    page.heading("The shipped model, compressed and reloaded in stock transformers")
     page.table(*_quality_rows(variants))
     domains = list(original.bits)
     figure, axes = new_figure(columns=len(domains), height=1.9)
@@ -159,7 +149,7 @@ def _page(
         bars(axis, [v.name for v in variants], [v.bits[domain] for v in variants], "")
         axis.set_title(domain)
     page.figure(figure, "Bits per byte on held-out text, lower is better.")
-    page.heading(_speed_title(shape))
+    page.heading(f"Experts of one layer of {shape}, bfloat16, {torch.get_num_threads()} threads")
     page.table(*_speed_rows(timings))
     figure, axes = new_figure(columns=len(timings), height=2.2)
     for axis, timing in zip(axes, timings, strict=True):
