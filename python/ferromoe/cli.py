@@ -1,88 +1,230 @@
 """The command `ferromoe`: results to stdout, progress to stderr.
 
-Exit status 2 for bad arguments, 1 for a job that failed, 130 after Ctrl-C. The commands
-stand in `commands/`.
+Exit status 2 says the arguments were wrong, 1 that a job failed, 130 that Ctrl-C stopped it. What a
+command needs is imported inside it, so that the others start quickly.
 """
 
+from __future__ import annotations
+
 import sys
-from importlib import import_module
-from pkgutil import iter_modules
+from pathlib import Path
+from typing import Annotated
 
-from . import commands
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as _error:
+    sys.exit(f"ferromoe: the command line needs {_error.name}; pip install 'ferromoe[cli]'")
 
-EXTRAS = {
-    "typer": "cli",
-    "rich": "cli",
-    "torch": "torch",
-    "safetensors": "torch",
-    "transformers": "transformers",
-    "matplotlib": "demo",
-}
+app = typer.Typer(
+    help="Faster and smaller Mixture-of-Experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[Path, typer.Argument(help="A transformers checkpoint folder.")]
+Progress = Annotated[str, typer.Option(help="How to tell progress on stderr: bar or json.")]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with its status."""
+def main() -> None:
+    """Run the command line, with one sentence in place of a traceback."""
     try:
-        status = run(arguments)
-    except KeyboardInterrupt:
-        status = say("interrupted", 130)
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        status = say(
-            f"{error.name} must be installed for this command, got nothing of that name: "
-            f"pip install 'ferromoe[{extra}]'",
-            1,
-        )
-    except (ValueError, TypeError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
-        # What the user named is wrong.
-        status = say(str(error), 2)
-    except (OSError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
-        status = say(str(error), 1)
+        app(standalone_mode=False)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("stopped; the same command goes on where it was", 130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # of click: an argument it could not read
+            _fail(f"{error.format_message()} (ferromoe --help lists the commands)", 2)
+        if isinstance(error, ModuleNotFoundError):
+            _fail(f"this command needs {error.name}; pip install 'ferromoe[demo]'", 1)
+        if isinstance(error, (ValueError, TypeError, NotImplementedError)):
+            _fail(str(error), 2)
+        if isinstance(error, (OSError, RuntimeError)):
+            _fail(str(error), 1)
+        raise
+
+
+def _fail(sentence: str, status: int) -> None:
+    Console(stderr=True, highlight=False).print(f"[red]error:[/red] {sentence}", soft_wrap=True)
     sys.exit(status)
 
 
-def run(arguments: list[str] | None) -> int:
-    """Parse and run; errors come out as exceptions."""
-    import typer
+def _table(title: str | None, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        numbers = index > 0 and all(row[index][:1].isdigit() for row in rows)
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
-    app = typer.Typer(
-        name="ferromoe",
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        help="Faster and smaller Mixture-of-Experts models.",
-        rich_markup_mode="rich",
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.2f} GB"
+
+
+@app.command()
+def info() -> None:
+    """Show what this installation is and can do, for a bug report."""
+    from .info import facts
+
+    _table(None, ["what", "found"], [[what, found] for what, found in facts()])
+
+
+@app.command()
+def inspect(model: Model) -> None:
+    """Show the experts of a checkpoint: layers, layout, sizes, and what can be done with them."""
+    from .compress.methods import methods
+    from .families import open_checkpoint
+
+    found = open_checkpoint(model)
+    experts = sum(found.nbytes(found.expert_names(layer)) for layer in found.layers)
+    numbers = _ranges([layer.number for layer in found.layers])
+    parts = found.layers[0].parts
+    stored = "a tensor per expert" if "{e}" in next(iter(parts.values())) else "all experts in one"
+    rows = [
+        ["family", found.family],
+        [
+            "layers with experts",
+            f"{len(found.layers)}: {numbers}",
+        ],
+        ["experts per layer", str(found.num_experts)],
+        ["experts per token", str(found.top_k)],
+        ["layout", f"{found.packing}{', transposed' if found.transposed else ''}; {stored}"],
+        ["dtype", ", ".join(sorted({fact.dtype for fact in found.tensors.values()}))],
+        ["size", f"{_size(found.nbytes())}, {experts / found.nbytes():.0%} of it experts"],
+        ["shards", str(len({fact.shard for fact in found.tensors.values()}))],
+    ]
+    if found.num_groups > 1:
+        rows.insert(4, ["routing groups", str(found.num_groups)])
+    _table(str(model), ["what", "found"], rows)
+    _table("Methods", ["name", "reads", "what it does"], [
+        [m.name, "weights and a text" if m.needs_statistics else "weights", m.summary]
+        for m in methods().values()
+    ])  # fmt: skip
+    half = max(found.top_k, found.num_experts // 2)
+    Console().print(
+        f"Next: ferromoe plan {model} --method stun --experts {half} --output plan.json",
+        highlight=False,
+        soft_wrap=True,
     )
 
-    @app.callback()
-    def root() -> None:
-        # With a callback even a single command keeps its name.
-        pass
 
-    for group in iter_modules(commands.__path__):
-        import_module(f"{commands.__name__}.{group.name}").register(app)
-    command = typer.main.get_command(app)
-    try:
-        result = command.main(args=arguments, prog_name="ferromoe", standalone_mode=False)
-    except Exception as error:
-        # Typer's own errors (an unknown option, a missing argument) know how to show themselves.
-        sentence, status = getattr(error, "format_message", None), getattr(error, "exit_code", 2)
-        if sentence is not None:
-            return say(sentence(), int(status))
-        if type(error).__name__ == "Abort":
-            raise KeyboardInterrupt from None
-        raise
-    if result == 130:  # typer has caught Ctrl-C itself
-        raise KeyboardInterrupt
-    return result if isinstance(result, int) else 0
+def _ranges(numbers: list[int]) -> str:
+    """Return 0-3, 5 for 0, 1, 2, 3, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
 
 
-def say(message: str, status: int) -> int:
-    """Print one sentence to stderr and hand the status on."""
-    from contextlib import suppress
+@app.command()
+def plan(
+    model: Model,
+    method: Annotated[str, typer.Option(help="A method that `ferromoe inspect` lists.")],
+    experts: Annotated[int, typer.Option(help="Experts to keep in each layer.")],
+    output: Annotated[Path | None, typer.Option(help="Where the plan goes, as JSON.")] = None,
+    form: Annotated[str, typer.Option(help="compact or expanded.")] = "compact",
+    calibrate: Annotated[Path | None, typer.Option(help="Text for statistics.")] = None,
+    kappa: Annotated[int | None, typer.Option(help="stun: average at this few experts.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")] = False,
+    progress: Progress = "bar",
+) -> None:
+    """Decide which experts go or merge, and write the plan; nothing else is written."""
+    from .compress import make_plan
+    from .progress import telling
 
-    with suppress(BrokenPipeError):
-        print(f"ferromoe: {message}", file=sys.stderr)
-    return status
+    if output is None and not dry_run:
+        raise ValueError("plan: output must name a file, got none; or pass --dry-run")
+    options = {} if kappa is None else {"kappa": kappa}
+    with telling(progress, "plan") as tell:
+        made = make_plan(
+            model,
+            method=method,
+            experts=experts,
+            form=form,
+            calibrate=calibrate,
+            progress=tell,
+            **options,
+        )
+    rows = []
+    for layer in made.layers:
+        merged = [str(group) for group in layer.groups if len(group) > 1]
+        before = sum(map(len, layer.groups)) + len(layer.dropped)
+        kept = f"{before} -> {len(layer.groups)}"
+        rows.append([str(layer.layer), kept, str(layer.dropped or "-"), " ".join(merged) or "-"])
+    _table(f"{method}, {form}", ["layer", "experts", "dropped", "merged"], rows)
+    totals = made.totals
+    console = Console(highlight=False)
+    console.print(
+        f"{_size(totals['bytes_in'])} -> {_size(totals['bytes_out'])} "
+        f"({1 - totals['bytes_out'] / totals['bytes_in']:.0%} smaller)"
+    )
+    if output is not None and not dry_run:
+        made.save(output)
+        console.print(f"Next: ferromoe apply {model} {output} --output OUT", soft_wrap=True)
+
+
+@app.command()
+def apply(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="A plan from `ferromoe plan`.")],
+    output: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    progress: Progress = "bar",
+) -> None:
+    """Write the smaller checkpoint; an interrupted run goes on with the same command."""
+    from .compress import Plan
+    from .compress import apply as carry_out
+    from .progress import telling
+
+    with telling(progress, "apply") as tell:
+        report = carry_out(model, Plan.load(plan), output, progress=tell)
+    _table(str(output), ["file", "size", "sha256"], [
+        [name, _size(count), digest[:16] + "..."] for name, count, digest in report["shards"]
+    ])  # fmt: skip
+    Console(highlight=False).print(
+        f"Next: ferromoe eval {output} --text FILE, and the same with {model}, to see what it cost",
+        soft_wrap=True,
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="A text file, or a folder of them.")],
+    progress: Progress = "bar",
+) -> None:
+    """Measure how well a checkpoint predicts a text, in bits per byte; lower is better."""
+    from .compress import evaluate as measure
+    from .progress import telling
+
+    with telling(progress, "eval") as tell:
+        found = measure(model, text, progress=tell)
+    _table(str(model), ["text", "bits per byte", "tokens", "bytes", "seconds"], [
+        [str(text), f"{found.bits_per_byte:.4f}", f"{found.tokens:,}", f"{found.bytes:,}",
+         f"{found.seconds:.1f}"]
+    ])  # fmt: skip
+
+
+@app.command()
+def demo(
+    shape: Annotated[str, typer.Option(help="Model whose layer is timed.")] = "olmoe",
+    output: Annotated[Path, typer.Option(help="Folder for the page and models.")] = Path(
+        "ferromoe-demo"
+    ),
+) -> None:
+    """Show the main job on a small trained model: same answers, how much faster, smaller."""
+    from .demo.command import demo as run
+
+    run(shape, output)

@@ -1,190 +1,207 @@
-"""The model families in `families.json`: how a checkpoint names and stores its experts.
+"""Model families as data: how a checkpoint is recognised, and where its experts lie.
 
-Everything that knows a family reads the record here, so a new family is data. A record holds
-
-- `layouts`: block prefix → layout name(s). `{l}` is the decoder layer, `{e}` the expert; a name
-  without `{e}` is one tensor for all experts, the expert axis first.
-- `vectors`: further tensors of the block with one entry per expert on axis 0 (biases).
-- `modules`: the router and the experts of a loaded model, below the decoder layer.
-- `experts_keys`, `top_k_key`, `groups_key`, `topk_groups_key`: keys of `config.json`.
-- `sign_trick`: whether (U[i], D[:, i]) → (−U[i], −D[:, i]) leaves an expert unchanged.
-- `route`: the arguments of `ferromoe.route` that reproduce the router; `{"key": …}` reads the
-  config, `{"tensor": …}` names a tensor of the block.
+`families.json` holds one record per family; a new family is a new record. Names are those of the
+files on disk, with ``{l}`` for the decoder layer and ``{e}`` for the expert (names without ``{e}``
+hold all experts, first axis). A record's `layouts` are tried in order.
 """
 
+from __future__ import annotations
+
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
-from typing import Any
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import _core
+
+PARTS = ("gate", "up", "gate_up", "down", "gate_bias", "up_bias", "gate_up_bias", "down_bias")
+
+
+class TensorFacts(NamedTuple):
+    """Where one tensor of a checkpoint lies."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    shard: str
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Names and orientation of one block's tensors, relative to the block."""
+class MoeLayer:
+    """One layer with experts: the names of its tensors, `{e}` left in."""
 
-    name: str
-    block: str
-    """Prefix of the block with `{l}`, as in `model.layers.{l}.mlp`."""
-    packing: str
+    number: int
+    """Decoder layer."""
     router: str
-    tensors: Mapping[str, str]
-    """Part (gate, up, gate_up, down and their biases) → name below the block."""
-    transposed: bool = False
+    vectors: tuple[str, ...]
+    """Further tensors with one entry per expert: router bias, selection correction."""
+    parts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose headers have been checked, and its family's record."""
+
+    folder: Path
+    family: str
+    record: dict[str, Any]
+    config: dict[str, Any]
+    tensors: dict[str, TensorFacts]
+    layers: tuple[MoeLayer, ...]
+    packing: str
+    transposed: bool
+    num_experts: int
+    top_k: int
+    num_groups: int
+    """Blocks of experts that group-limited routing chooses among; 1 elsewhere."""
 
     @property
-    def fused(self) -> bool:
-        """Whether one tensor holds all experts."""
-        return "{e}" not in self.tensors["down"]
+    def settings(self) -> dict[str, Any]:
+        """The part of the config that describes the language model."""
+        return _settings(self.config)
 
-
-@dataclass(frozen=True)
-class Family:
-    """One record of `families.json`."""
-
-    name: str
-    model_types: tuple[str, ...]
-    layouts: tuple[Layout, ...]
-    modules: Mapping[str, str]
-    experts_keys: tuple[str, ...]
-    top_k_key: str
-    activation: str
-    sign_trick: bool
-    route: Mapping[str, Any]
-    vectors: tuple[str, ...] = ()
-    groups_key: str | None = None
-    topk_groups_key: str | None = None
-
-    def num_experts(self, config: Mapping[str, Any]) -> int:
-        """Read the number of routed experts from a (text) config."""
-        for key in self.experts_keys:
-            if isinstance(config.get(key), int):
-                return int(config[key])
-        raise ValueError(
-            f"families: config.json of {self.name} must have {' or '.join(self.experts_keys)}, "
-            "got none of them"
+    @property
+    def renormalised(self) -> bool:
+        """Whether a token's weights sum to one whatever experts are left."""
+        known = self.record.get("renormalised")
+        return (
+            bool(self.settings.get(self.record.get("renorm_key", ""))) if known is None else known
         )
 
-    def top_k(self, config: Mapping[str, Any]) -> int:
-        """Read the number of experts per token from a (text) config."""
-        value = config.get(self.top_k_key)
-        if not isinstance(value, int):
-            raise ValueError(
-                f"families: config.json of {self.name} must have an integer {self.top_k_key}, "
-                f"got {value!r}"
-            )
-        return value
-
-    def groups(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Read how many expert groups there are and how many of them a token may use."""
-        count = config.get(self.groups_key) if self.groups_key else None
-        chosen = config.get(self.topk_groups_key) if self.topk_groups_key else None
-        return int(count or 1), int(chosen or 1)
-
-    def route_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments of `ferromoe.route`, tensors left as `{"tensor": name}`."""
-        arguments: dict[str, Any] = {"top_k": self.top_k(config)}
-        for name, value in self.route.items():
-            if isinstance(value, dict) and "key" in value:
-                read = config.get(value["key"])
-                read = value["default"] if read is None else read
-                arguments[name] = value[str(read).lower()] if "true" in value else read
-            else:
-                arguments[name] = value
-        return arguments
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One MoE layer as it lies in a checkpoint."""
-
-    index: int
-    """Its number among the MoE layers."""
-    decoder_layer: int
-    prefix: str
-    layout: Layout
-    num_experts: int
-    vectors: tuple[str, ...] = field(default=())
-    """Full names of the per-expert vectors that are on disk."""
-
     @property
-    def router(self) -> str:
-        """Full name of the router's weight."""
-        return f"{self.prefix}.{self.layout.router}"
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and every tensor's name, dtype and shape."""
+        facts = sorted((t.name, t.dtype, list(t.shape)) for t in self.tensors.values())
+        text = json.dumps([self.config, facts], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
-    def names(self, part: str) -> list[str]:
-        """Full name(s) of a part: one per expert, or the one fused tensor."""
-        name = f"{self.prefix}.{self.layout.tensors[part]}"
-        if "{e}" not in name:
-            return [name]
-        return [name.format(e=e) for e in range(self.num_experts)]
+    def nbytes(self, names: set[str] | None = None) -> int:
+        """Bytes of all tensors, or of those named."""
+        facts = self.tensors.values()
+        return sum(t.end - t.begin for t in facts if names is None or t.name in names)
+
+    def expert_names(self, layer: MoeLayer) -> set[str]:
+        """Names of all tensors that hold the layer's experts."""
+        names = set()
+        for pattern in layer.parts.values():
+            for expert in range(self.num_experts if "{e}" in pattern else 1):
+                names.add(pattern.replace("{e}", str(expert)))
+        return names
 
 
 @cache
-def families() -> Mapping[str, Family]:
-    """Return all records, by name."""
-    return parse(json.loads(files("ferromoe").joinpath("families.json").read_text()))
-
-
-def parse(document: Mapping[str, Any]) -> dict[str, Family]:
-    """Build the records of a document of the form of `families.json`."""
-    found = {}
-    for name, record in document["families"].items():
-        layouts = []
-        for block, value in record["layouts"].items():
-            for layout in [value] if isinstance(value, str) else value:
-                layouts.append(Layout(name=layout, block=block, **document["layouts"][layout]))
-        lists: dict[str, Any] = {
-            k: tuple(record.get(k, ())) for k in ("model_types", "experts_keys", "vectors")
-        }
-        rest: dict[str, Any] = {
-            k: v for k, v in record.items() if k not in lists and k != "layouts"
-        }
-        found[name] = Family(name=name, layouts=tuple(layouts), **lists, **rest)
+def families() -> dict[str, dict[str, Any]]:
+    """Return every record, by model type."""
+    text = resources.files(__package__).joinpath("families.json").read_text(encoding="utf-8")
+    found: dict[str, dict[str, Any]] = json.loads(text)
     return found
 
 
-def match(config: Mapping[str, Any]) -> tuple[Family, Mapping[str, Any]]:
-    """Return the family of a `config.json`, and the part of the config that holds its keys."""
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping):
-            for family in families().values():
-                if part.get("model_type") in family.model_types:
-                    return family, part
-    known = ", ".join(sorted(t for f in families().values() for t in f.model_types))
-    raise ValueError(
-        f"families: model_type must be one of {known}, got {config.get('model_type')!r}"
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = config.get("text_config", config)
+    return nested
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open a transformers checkpoint folder: read its config, check every header, find its experts.
+
+    No tensor data is read.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder, its config.json or its weights are missing.
+    ValueError
+        If the config names no known family, the files are corrupt, or they do not fit the record.
+    """
+    folder = Path(folder)
+    facts = [TensorFacts(*fact) for fact in _core.checkpoint_read(folder)]
+    tensors = {fact.name: fact for fact in facts}
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"checkpoint: {folder} must hold a config.json, got none"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint: config.json of {folder} must be JSON, got {error}"
+        ) from error
+    settings = _settings(config)
+    family = settings.get("model_type")
+    if family not in families():
+        raise ValueError(
+            f"checkpoint: model_type of {folder} must be one of {', '.join(sorted(families()))}, "
+            f"got {family!r}"
+        )
+    record = families()[family]
+    counts = [settings[key] for key in record["count_keys"] if key in settings]
+    if not counts or record["top_k_key"] not in settings:
+        wanted = [*record["count_keys"], record["top_k_key"]]
+        raise ValueError(f"checkpoint: config.json of {folder} must have {wanted}, got neither")
+    layout, layers = _layers(folder, record, tensors, counts[0])
+    return Checkpoint(
+        folder=folder,
+        family=family,
+        record=record,
+        config=config,
+        tensors=tensors,
+        layers=layers,
+        packing=layout["packing"],
+        transposed=layout.get("transposed", False),
+        num_experts=counts[0],
+        top_k=settings[record["top_k_key"]],
+        num_groups=settings.get(record.get("groups_key", ""), 1) or 1,
     )
 
 
-def find_layers(family: Family, names: Iterable[str], num_experts: int) -> list[Layer]:
-    """Find the MoE layers of a checkpoint from the names of its tensors."""
-    present = set(names)
-    layers: dict[int, tuple[str, Layout]] = {}
-    for layout in family.layouts:
-        down = re.escape(f"{layout.block}.{layout.tensors['down']}")
-        pattern = re.compile(down.replace(r"\{l\}", r"(\d+)").replace(r"\{e\}", "0"))
-        for name in present:
-            if found := pattern.fullmatch(name):
-                number = int(found[1])
-                layers[number] = (layout.block.format(l=number), layout)
-    result = []
-    for index, (number, (prefix, layout)) in enumerate(sorted(layers.items())):
-        vectors = tuple(f"{prefix}.{v}" for v in family.vectors if f"{prefix}.{v}" in present)
-        layer = Layer(index, number, prefix, layout, num_experts, vectors)
-        wanted = [layer.router, *(n for part in layout.tensors for n in layer.names(part))]
-        if missing := [n for n in wanted if n not in present]:
-            raise ValueError(
-                f"families: {prefix} must hold {len(wanted)} tensors of layout {layout.name}, "
-                f"got {len(wanted) - len(missing)}: {missing[0]} is missing"
-            )
-        result.append(layer)
-    if not result:
-        blocks = ", ".join(sorted({f"{y.block}.{y.tensors['down']}" for y in family.layouts}))
+def _layers(
+    folder: Path, record: dict[str, Any], tensors: dict[str, TensorFacts], num_experts: int
+) -> tuple[dict[str, Any], tuple[MoeLayer, ...]]:
+    """Find the layers that have a router, and the layout that all their experts follow."""
+    router = re.compile(re.escape(record["router"]).replace(r"\{l\}", r"(\d+)") + "$")
+    numbers = sorted(int(match[1]) for name in tensors if (match := router.match(name)))
+    if not numbers:
         raise ValueError(
-            f"families: a {family.name} checkpoint must hold {blocks}, got none of them. "
-            "Quantised experts have other names and are not supported yet."
+            f"checkpoint: {folder} must have routers named {record['router']}, got none"
         )
-    return result
+
+    def named(pattern: str, number: int) -> str:
+        return pattern.replace("{l}", str(number))
+
+    for layout in record["layouts"]:
+        parts = {part: layout[part] for part in PARTS if part in layout}
+        names = [
+            named(pattern, number).replace("{e}", str(expert))
+            for number in numbers
+            for pattern in parts.values()
+            for expert in range(num_experts if "{e}" in pattern else 1)
+        ]
+        if all(name in tensors for name in names):
+            break
+    else:
+        missing = next(name for name in names if name not in tensors)
+        raise ValueError(f"checkpoint: {folder} must hold every expert, got no {missing}")
+    layers = []
+    for number in numbers:
+        vectors = [named(pattern, number) for pattern in record["per_expert_vectors"]]
+        layer = MoeLayer(
+            number=number,
+            router=named(record["router"], number),
+            vectors=tuple(name for name in vectors if name in tensors),
+            parts={part: named(pattern, number) for part, pattern in parts.items()},
+        )
+        shape = tensors[layer.router].shape
+        if shape[0] != num_experts:
+            raise ValueError(
+                f"checkpoint: {layer.router} must have {num_experts} rows, as the config says, got "
+                f"{shape}"
+            )
+        layers.append(layer)
+    return layout, tuple(layers)

@@ -1,20 +1,11 @@
-"""Make a checkpoint's experts fewer: statistics → plan → rewritten folder, each one a file."""
+"""Smaller checkpoints: plan which experts go or merge, then write the new folder.
+
+Three steps, each a file that can be looked at: statistics (where a method needs them), a plan, the
+rewritten checkpoint. The input folder is never changed.
+"""
 
 from .apply import apply
-from .calibrate import calibrate
 from .evaluate import Evaluation, evaluate
-from .plan import Plan, make_plan
-from .source import Source
-from .stats import LayerStats, Stats
+from .plan import LayerPlan, Plan, make_plan
 
-__all__ = [
-    "Evaluation",
-    "LayerStats",
-    "Plan",
-    "Source",
-    "Stats",
-    "apply",
-    "calibrate",
-    "evaluate",
-    "make_plan",
-]
+__all__ = ["Evaluation", "LayerPlan", "Plan", "apply", "evaluate", "make_plan"]

@@ -1,190 +1,182 @@
-"""From a plan to a new checkpoint folder: what each output tensor is made of."""
+"""Carrying a plan out: from plan and layout to a recipe, which Rust streams into a new folder."""
+
+from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .. import _core
-from ..families import Layer
-from .plan import Plan
-from .source import Source
+from ..families import Checkpoint, MoeLayer, open_checkpoint
+from .plan import LayerPlan, Plan
 
-SHARD = 5 << 30
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+MAX_SHARD_BYTES = 5 << 30
+# What belongs to the weights is made anew; everything else is copied.
+_MADE = {"config.json", "model.safetensors.index.json", "progress.jsonl"}
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
 def apply(
-    source: Source | str | Path,
+    model: str | Path,
     plan: Plan,
-    target: str | Path,
+    output: str | Path,
     *,
-    max_shard_bytes: int = SHARD,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Mapping[str, Any]:
-    """Write the compressed checkpoint; a run that was interrupted goes on where it stopped.
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int, int, str], object] | None = None,
+) -> dict[str, Any]:
+    """Write the checkpoint that a plan describes.
 
-    The model is never in memory: unchanged tensors are copied, selected experts sliced, groups
-    merged one at a time. Names are final only when everything is on disk, `config.json` last.
+    Tensors are streamed: memory holds one group of experts. Files appear under their names when
+    they are whole, config.json last; the same call after an interruption goes on where it stopped.
 
     Parameters
     ----------
-    source : Source or path
-        The checkpoint the plan was made for.
+    model : path
+        The checkpoint folder that the plan was made for; it is only read.
     plan : Plan
-        What to do.
-    target : path
-        A folder that is empty, new, or left by an interrupted run of the same plan.
+        From `make_plan` or `Plan.load`.
+    output : path
+        A new or empty folder.
     max_shard_bytes : int
-        Largest output file.
+        Largest size of one file; a tensor is never split.
     progress : callable, optional
         Called with (bytes done, bytes in all, tensor).
 
     Returns
     -------
-    Mapping
-        `shards` [(file, bytes, sha256)], `bytes` written, `resumed` shards found complete.
+    dict
+        ``shards`` (name, bytes, sha256), ``bytes``, and how many shards were ``resumed``.
     """
-    if not isinstance(source, Source):
-        source = Source(source)
-    plan.check_source(source)
-    report: Mapping[str, Any] = _core.rewrite(
-        str(source.folder),
-        str(target),
-        recipe(source, plan),
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
+    checkpoint = open_checkpoint(model)
+    plan.check(checkpoint)
+    text = json.dumps(recipe(checkpoint, plan))
+    return _core.rewrite(
+        checkpoint.folder, Path(output), text, max_shard_bytes=max_shard_bytes, progress=progress
     )
-    return report
 
 
-def recipe(source: Source, plan: Plan) -> str:
-    """Return the rewriter's orders as JSON: every output tensor once, in input order."""
-    planned = {entry["prefix"]: entry for entry in plan.data["layers"]}
-    compact = plan.form == "compact"
-    layers: list[dict[str, Any]] = []
-    orders: dict[str, list[dict[str, Any]]] = {}
-    for layer in source.layers:
-        entry = planned[layer.prefix]
-        merged = any(len(g) > 1 for g in entry["groups"])
-        if merged:
-            layers.append(merge_entry(layer, entry))
-        outputs = output_groups(entry, compact)
-        for part in layer.layout.tensors:
-            names = layer.names(part)
-            made = make(names, part, outputs, entry, len(layers) - 1 if merged else None)
-            orders |= made
-        if compact:
-            mean = plan.data["output"]["router"] == "mean"
+def sizes(
+    checkpoint: Checkpoint, plan: Plan, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, Any]:
+    """Return the tensors, shards and bytes that `apply` would write; writes nothing."""
+    text = json.dumps(recipe(checkpoint, plan))
+    return _core.rewrite_check(checkpoint.folder, text, max_shard_bytes)
+
+
+def recipe(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """Return what makes each output tensor, in the order of the input."""
+    outputs: dict[str, list[dict[str, Any]]] = {}
+    layers = []
+    for layer, layer_plan in zip(checkpoint.layers, plan.layers, strict=True):
+        layers.append(_layer(checkpoint, plan, layer, layer_plan))
+        for part, pattern in layer.parts.items():
+            make = _per_expert if "{e}" in pattern else _fused
+            for name in checkpoint.expert_names(layer):
+                outputs.setdefault(name, [])
+            for place, output in make(plan, layer_plan, len(layers) - 1, part, pattern):
+                outputs[place].append(output)
+        if plan.form == "compact":
             for name in (layer.router, *layer.vectors):
-                orders[name] = [reduce(name, entry, mean)]
+                outputs[name] = [_rows(checkpoint, layer_plan, name)]
     tensors = []
-    for name in source.tensors:
-        tensors += orders.get(name, [copy(name)])
-    return json.dumps(
-        {
-            "format": "ferromoe-recipe",
-            "version": 1,
-            "config": new_config(source, plan),
-            "files": side_files(source.folder),
-            "layers": layers,
-            "tensors": tensors,
-        }
-    )
-
-
-def output_groups(entry: Mapping[str, Any], compact: bool) -> list[int]:
-    """Group of every output expert: each once, or one for every old expert."""
-    if compact:
-        return list(range(entry["n_out"]))
-    owner = {e: g for g, group in enumerate(entry["groups"]) for e in group}
-    return [owner[e] for e in range(entry["n_in"])]
-
-
-def make(
-    names: list[str],
-    part: str,
-    outputs: list[int],
-    entry: Mapping[str, Any],
-    layer: int | None,
-) -> dict[str, list[dict[str, Any]]]:
-    """Orders for one part of a layer's experts, filed under the input name they replace."""
-    fused = len(names) == 1 and entry["n_in"] != 1
-    if layer is not None:
-        common = {"op": "merge", "layer": layer, "part": part}
-        if fused:
-            return {names[0]: [{"name": names[0], **common, "groups": outputs}]}
-        found = {n: [{"name": n, **common, "groups": [g]}] for n, g in zip(names, outputs)}  # noqa: B905
-    else:
-        kept = [entry["representative"][g] for g in outputs]
-        if fused:
-            return {names[0]: [select(names[0], kept)]}
-        found = {n: [copy(names[e], n)] for n, e in zip(names, kept)}  # noqa: B905 (fewer experts)
-    return {n: found.get(n, []) for n in names}
-
-
-def merge_entry(layer: Layer, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Say where a layer's experts lie and which of them become one."""
-    layout = layer.layout
+    for name in checkpoint.tensors:
+        tensors += outputs.get(name, [{"name": name, "op": "copy", "from": name}])
     return {
-        "name": layer.prefix,
-        "packing": layout.packing,
-        "transposed": layout.transposed,
-        "tensors": {part: f"{layer.prefix}.{name}" for part, name in layout.tensors.items()},
-        "align": entry["align"],
+        "format": "ferromoe-recipe",
+        "version": 1,
+        "config": _config(checkpoint, plan),
+        "files": _files(checkpoint.folder),
+        "layers": layers,
+        "tensors": tensors,
+    }
+
+
+def _layer(
+    checkpoint: Checkpoint, plan: Plan, layer: MoeLayer, layer_plan: LayerPlan
+) -> dict[str, Any]:
+    parts = zip(layer_plan.groups, layer_plan.weights, layer_plan.representative, strict=True)
+    return {
+        "name": f"layer {layer.number}",
+        "packing": checkpoint.packing,
+        "transposed": checkpoint.transposed,
+        "tensors": layer.parts,
+        "align": plan.align,
         "groups": [
-            {"members": group, "weights": [float(w) for w in weights], "reference": head}
-            for group, weights, head in zip(
-                entry["groups"], entry["weights"], entry["representative"], strict=True
-            )
+            {"members": members, "weights": weights, "reference": chosen}
+            for members, weights, chosen in parts
         ],
     }
 
 
-def reduce(name: str, entry: Mapping[str, Any], mean: bool) -> dict[str, Any]:
-    """Order for the router's weight, bias or correction vector."""
-    if not mean:
-        return select(name, entry["representative"])
-    groups = [
-        {"members": group, "weights": [float(w) for w in weights]}
-        for group, weights in zip(entry["groups"], entry["weights"], strict=True)
-    ]
-    return {"name": name, "op": "mean", "from": name, "axis": 0, "groups": groups}
+def _groups_out(plan: Plan, layer_plan: LayerPlan) -> list[int]:
+    """Return the group of each output expert."""
+    if plan.form == "compact":
+        return list(range(len(layer_plan.groups)))
+    group_of = {e: g for g, group in enumerate(layer_plan.groups) for e in group}
+    return [group_of[e] for e in sorted(group_of)]
 
 
-def copy(source: str, name: str | None = None) -> dict[str, Any]:
-    """Order for a tensor that is taken as it is, perhaps under another name."""
-    return {"name": name or source, "op": "copy", "from": source}
+def _per_expert(
+    plan: Plan, layer_plan: LayerPlan, layer: int, part: str, pattern: str
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return (input tensor it takes the place of, output) for each output expert."""
+    found = []
+    for expert, group in enumerate(_groups_out(plan, layer_plan)):
+        members = layer_plan.groups[group]
+        place = pattern.replace("{e}", str(layer_plan.representative[group]))
+        name = pattern.replace("{e}", str(expert))
+        made: dict[str, Any] = {"op": "copy", "from": place}
+        if len(members) > 1:
+            made = {"op": "merge", "layer": layer, "part": part, "groups": [group]}
+        found.append((place, {"name": name, **made}))
+    return found
 
 
-def select(name: str, indices: list[int]) -> dict[str, Any]:
-    """Order for rows of a tensor."""
-    return {"name": name, "op": "select", "from": name, "axis": 0, "indices": indices}
+def _fused(
+    plan: Plan, layer_plan: LayerPlan, layer: int, part: str, pattern: str
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return the one output tensor that holds all experts."""
+    groups = _groups_out(plan, layer_plan)
+    if all(len(layer_plan.groups[group]) == 1 for group in groups):
+        chosen = [layer_plan.representative[group] for group in groups]
+        made = {"op": "select", "from": pattern, "axis": 0, "indices": chosen}
+    else:
+        made = {"op": "merge", "layer": layer, "part": part, "groups": groups}
+    return [(pattern, {"name": pattern, **made})]
 
 
-def new_config(source: Source, plan: Plan) -> str:
-    """Return `config.json` with the new expert count and the plan named, else as it was."""
-    config = json.loads(source.config_text)
-    part = config["text_config"] if source.nested else config
-    keys = [k for k in source.family.experts_keys if k in part]
-    for key in keys or [source.family.experts_keys[0]]:
-        part[key] = plan.num_experts
-    config["compression"] = {
-        "tool": "ferromoe",
-        "method": plan.data["method"]["name"],
-        "form": plan.form,
-        "plan_sha256": plan.digest,
-    }
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+def _rows(checkpoint: Checkpoint, layer_plan: LayerPlan, name: str) -> dict[str, Any]:
+    """Return a router's rows, or another vector's entries, for the experts that are left."""
+    shape = checkpoint.tensors[name].shape
+    axis = 0 if shape[0] == checkpoint.num_experts else len(shape) - 1
+    common = {"name": name, "from": name, "axis": axis}
+    if layer_plan.router == "mean":
+        groups = [
+            {"members": members, "weights": weights}
+            for members, weights in zip(layer_plan.groups, layer_plan.weights, strict=True)
+        ]
+        return {**common, "op": "mean", "groups": groups}
+    return {**common, "op": "select", "indices": layer_plan.representative}
 
 
-def side_files(folder: Path) -> list[str]:
-    """Name the files that go along: tokenizer, generation config, chat template, licence."""
+def _config(checkpoint: Checkpoint, plan: Plan) -> str:
+    """Return the new config: other counts, a note of the plan, and everything else as it was."""
+    config = json.loads(json.dumps(checkpoint.config))
+    if plan.form == "compact":
+        settings = config.get("text_config", config)
+        for key in checkpoint.record["count_keys"]:
+            if key in settings:
+                settings[key] = len(plan.layers[0].groups)
+    config["compression"] = {"tool": "ferromoe", "method": plan.method, "plan_sha256": plan.sha256}
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the other files of a checkpoint folder: tokenizer, generation config, templates."""
+    names = (path.name for path in sorted(folder.iterdir()) if path.is_file())
     return [
-        path.name
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and path.name not in ("config.json", "progress.jsonl")
-        and not path.name.startswith(".")
-        and not path.name.endswith((*WEIGHTS, ".index.json"))
+        name
+        for name in names
+        if name not in _MADE and not name.endswith(_WEIGHTS) and ".tmp-" not in name
     ]

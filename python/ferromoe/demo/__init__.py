@@ -41,15 +41,11 @@ def bits_per_byte(model: Any, text: bytes, *, batch: int = 16) -> float:
     """
     import torch
 
+    from ..compress.evaluate import nats
+
     windows = len(text) // _WINDOW
     if windows == 0:
         raise ValueError(f"bits_per_byte: text must have {_WINDOW} bytes or more, got {len(text)}")
     tokens = torch.tensor(list(text[: windows * _WINDOW])).view(windows, _WINDOW)
-    total = 0.0
-    with torch.inference_mode():
-        for part in tokens.split(batch):
-            logits = model(part).logits[:, :-1].flatten(0, 1).float()
-            total += float(
-                torch.nn.functional.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum")
-            )
+    total = sum(nats(model, part) for part in tokens.split(batch))
     return total / (windows * (_WINDOW - 1)) / log(2)

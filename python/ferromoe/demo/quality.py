@@ -55,8 +55,11 @@ class Variant:
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Load a checkpoint into stock transformers."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval()
 
 
 @torch.inference_mode()
@@ -88,11 +91,11 @@ def variants(output: Path, progress: Callable[[str], None] = lambda _: None) -> 
     calibration.write_bytes(b"\n".join(text[:CALIBRATION_BYTES] for text in texts().values()))
     progress("held-out text, all experts")
     found = [_measure("original", MODEL_DIR, 0.0)]
-    for method, options in (("stun", {}), ("m-smoe", {"calibrate": calibration})):
+    for method, text in (("stun", None), ("m-smoe", calibration)):
         progress(f"{method}: {EXPERTS_KEPT} experts")
         start = time.perf_counter()
         folder = output / method
-        plan = compress.make_plan(MODEL_DIR, method=method, experts=EXPERTS_KEPT, **options)
+        plan = compress.make_plan(MODEL_DIR, method=method, experts=EXPERTS_KEPT, calibrate=text)
         plan.save(output / f"{method}.json")
         compress.apply(MODEL_DIR, plan, folder)
         seconds = time.perf_counter() - start

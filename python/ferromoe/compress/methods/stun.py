@@ -1,125 +1,90 @@
-"""STUN, first stage: prune experts that behave alike."""
+"""STUN, stage one: prune experts whose routers behave alike (arXiv 2409.06211).
 
-import math
-from collections.abc import Sequence
+From the weights alone: experts are clustered by the distance of their router rows, and each cluster
+keeps the member nearest to the mean of its members' weights.
+"""
 
-import numpy as np
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ... import _core
-from ...families import Layer
-from ..source import Source
-from ..stats import Stats
-from . import Budget, Choice
+from ...families import Checkpoint, MoeLayer
+from ..plan import LayerPlan
+from ..weights import Weights
 
-FORMS = ("compact",)
-STATISTICS = ()
-
-# Two members of a pair are equally near to their mean, and rounding would choose between them.
-NEAR = 1 + 1e-6
+# Two members are equally near to their mean, so rounding would decide.
+TIE = 1e-6
 
 
-def stun(
-    source: Source,
-    stats: Stats | None,
-    budget: Budget,
+def plan(
+    checkpoint: Checkpoint,
+    experts: int,
+    form: str,
+    statistics: Any,
+    progress: Callable[[int, int, str], object],
     *,
-    lambdas: tuple[float, float] = (1.0, 0.0),
     kappa: int = 0,
-) -> list[Choice]:
-    """STUN, stage 1 (arXiv 2409.06211): keep one expert of each cluster of router rows.
+) -> list[LayerPlan]:
+    """Cluster each layer's router rows to `experts` clusters, by complete linkage.
 
-    Parameters
-    ----------
-    source : Source
-        The checkpoint; router rows, and the weights of the experts that share a cluster.
-    stats : Stats, optional
-        If given, experts that no token chose are dropped first.
-    budget : Budget
-        The same number per layer.
-    lambdas : (float, float)
-        Weights of the router distance and of the coactivation; only (1, 0) so far.
-    kappa : int
-        Average the clusters of a layer instead if at most this many are left.
+    `kappa`: a layer that keeps this many experts or fewer is averaged instead of represented.
     """
-    if lambdas[1] != 0 or lambdas[0] <= 0:
-        raise NotImplementedError(
-            f"stun: lambdas must be (positive, 0), got {lambdas}. "
-            "The coactivation term needs statistics that are not collected yet."
-        )
-    if kappa < 0:
-        raise ValueError(f"stun: kappa must not be negative, got {kappa}")
-    keep = budget.per_layer(len(source.layers))
-    choices = []
-    for layer in source.layers:
-        rows = source.read(layer.router).double()
-        count = None
-        if stats is not None and layer.index in stats.layers:
-            count = stats.layers[layer.index].count.tolist()
-        clusters = blocks(rows, keep, source.num_groups, count)
-        average = keep <= kappa
-        kept = [representative(source, layer, c) for c in clusters]
-        order = sorted(range(len(clusters)), key=kept.__getitem__)
-        groups = [clusters[g] if average else [kept[g]] for g in order]
-        choices.append(
-            Choice(
-                groups=groups,
-                representative=[kept[g] for g in order],
-                weights=[[1 / len(g)] * len(g) for g in groups],
-                router="mean" if average else "dominant",
-            )
-        )
-    return choices
+    if form != "compact":
+        raise ValueError(f"plan: form must be compact for stun, which drops experts, got {form!r}")
+    weights = Weights(checkpoint)
+    layers = []
+    for number, layer in enumerate(checkpoint.layers):
+        progress(number, len(checkpoint.layers), f"layer {layer.number}")
+        clusters = clusters_of(weights.tensor(layer.router), experts, checkpoint.num_groups)
+        layers.append(_layer(weights, layer, clusters, average=experts <= kappa))
+    progress(len(checkpoint.layers), len(checkpoint.layers), "done")
+    return layers
 
 
-def blocks(
-    rows: Tensor, keep: int, num_groups: int, count: list[int] | None = None
-) -> list[list[int]]:
-    """Cluster inside each of the router's groups, the same number in each."""
-    size, share = len(rows) // num_groups, keep // num_groups
+def _layer(
+    weights: Weights, layer: MoeLayer, clusters: list[list[int]], average: bool
+) -> LayerPlan:
+    chosen = [representative(weights, layer, cluster) for cluster in clusters]
+    order = sorted(range(len(clusters)), key=lambda c: chosen[c])
+    kept = [chosen[c] for c in order]
+    if average:
+        groups = [clusters[c] for c in order]
+        shares = [[1 / len(group)] * len(group) for group in groups]
+        return LayerPlan(layer.number, groups, kept, shares, router="mean")
+    dropped = sorted({e for cluster in clusters for e in cluster} - set(kept))
+    return LayerPlan(layer.number, [[e] for e in kept], kept, [[1.0]] * len(kept), dropped)
+
+
+def clusters_of(router: Tensor, experts: int, blocks: int = 1) -> list[list[int]]:
+    """Cluster router rows [E, H]; clusters do not cross the blocks of group-limited routing."""
     clusters = []
-    for begin in range(0, len(rows), size):
-        members = list(range(begin, begin + size))
-        if count is not None:
-            idle = [e for e in members if count[e] == 0]
-            dropped = set(idle[::-1][: size - share])
-            members = [e for e in members if e not in dropped]
-        for cluster in cut(distances(rows[members]), share):
-            clusters.append([members[i] for i in cluster])
+    size = len(router) // blocks
+    for begin in range(0, len(router), size):
+        rows = router[begin : begin + size].double()
+        distances = (rows[:, None] - rows[None]).norm(dim=-1)
+        merges = _core.cluster(distances.tolist())
+        members = {e: [e] for e in range(size)}
+        for first, second, _ in merges[: size - experts // blocks]:
+            members[first] = sorted(members[first] + members.pop(second))
+        clusters += [[begin + e for e in cluster] for cluster in members.values()]
     return clusters
 
 
-def distances(rows: Tensor) -> list[list[float]]:
-    """‖W_i − W_j‖ divided by its mean over i ≠ j, from differences."""
-    n = len(rows)
-    apart = torch.stack([(rows - row).square().sum(-1).sqrt() for row in rows])
-    mean = float(apart.sum()) / max(n * (n - 1), 1)
-    table: list[list[float]] = (apart / mean if mean > 0 else apart).tolist()
-    return table
-
-
-def cut(table: list[list[float]], keep: int) -> list[list[int]]:
-    """Merge until `keep` clusters remain: by number of merges, never by a distance."""
-    clusters = {i: [i] for i in range(len(table))}
-    for i, j, _ in _core.cluster(table)[: len(table) - keep]:
-        clusters[i] = sorted(clusters[i] + clusters.pop(j))
-    return [clusters[i] for i in sorted(clusters)]
-
-
-def representative(source: Source, layer: Layer, members: Sequence[int]) -> int:
-    """Return the member whose weights are nearest to the members' mean."""
-    if len(members) <= 2:
-        return min(members)
-    # Read twice rather than hold a cluster: memory stays at two experts.
-    mean = sum(source.expert(layer, e) for e in members) / len(members)
-    apart = [float((source.expert(layer, e) - mean).square().sum().sqrt()) for e in members]
-    return nearest(members, apart)
-
-
-def nearest(members: Sequence[int], apart: Sequence[float]) -> int:
-    """Return the first member at the smallest distance, up to rounding."""
-    least = min(apart)
-    assert math.isfinite(least)
-    near = np.array(apart) <= least * NEAR
-    return min(e for e, close in zip(members, near, strict=True) if close)
+def representative(weights: Weights, layer: MoeLayer, cluster: Sequence[int]) -> int:
+    """Return the member whose weights are nearest to the members' mean; of ties, the first."""
+    if len(cluster) <= 2:
+        return cluster[0]
+    distances = torch.zeros(len(cluster), dtype=torch.float64)
+    for part in layer.parts:
+        # One part at a time: of a large expert, one matrix per member is what memory holds.
+        members = [weights.part(layer, part, e).double() for e in cluster]
+        mean = sum(members[1:], members[0].clone()) / len(members)
+        distances += torch.stack([(member - mean).square().sum() for member in members])
+    distances = distances.sqrt()
+    near = distances <= distances.min() * (1 + TIE)
+    return cluster[int(near.nonzero()[0])]
