@@ -89,11 +89,53 @@ mod tests {
     }
 
     #[test]
-    fn heights_never_fall() {
-        let points: Vec<_> =
-            (0..30).map(|i| [f64::from(i * 37 % 101), f64::from(i * 53 % 89)]).collect();
-        let merges = complete_linkage(&distances(&points)).unwrap();
-        assert!(merges.windows(2).all(|pair| pair[0].height <= pair[1].height));
+    fn negative_distances_of_coactivation_by_hand() {
+        let (a, b) = (vec![0.0, -3.0, -1.0, 0.0], vec![-3.0, 0.0, -2.0, 0.0]);
+        let (c, d) = (vec![-1.0, -2.0, 0.0, 0.0], vec![0.0; 4]);
+        let merges = complete_linkage(&[a, b, c, d]).unwrap();
+        assert_eq!(merges.iter().map(|m| m.height).collect::<Vec<_>>(), [-3.0, -1.0, 0.0]);
+        let pairs: Vec<_> = merges.iter().map(|m| (m.first, m.second)).collect();
+        assert_eq!(pairs, [(0, 1), (0, 2), (0, 3)]);
+    }
+
+    /// Looks at every pair of clusters, and in them at every pair of members, each time.
+    fn by_definition(distances: &[Vec<f64>]) -> Vec<Merge> {
+        let mut clusters: Vec<Vec<usize>> = (0..distances.len()).map(|i| vec![i]).collect();
+        let mut merges = Vec::new();
+        while clusters.len() > 1 {
+            let mut best = (f64::INFINITY, 0, 0);
+            for a in 0..clusters.len() {
+                for b in a + 1..clusters.len() {
+                    let pairs =
+                        clusters[a].iter().flat_map(|&i| clusters[b].iter().map(move |&j| (i, j)));
+                    let apart =
+                        pairs.map(|(i, j)| distances[i][j]).fold(f64::NEG_INFINITY, f64::max);
+                    if apart < best.0 {
+                        best = (apart, a, b);
+                    }
+                }
+            }
+            let gone = clusters.remove(best.2);
+            merges.push(Merge { first: clusters[best.1][0], second: gone[0], height: best.0 });
+            clusters[best.1].extend(gone);
+        }
+        merges
+    }
+
+    #[test]
+    fn merges_are_those_of_the_definition_and_heights_never_fall() {
+        for n in [0, 1, 2, 9, 30] {
+            // Many ties, and none.
+            for modulus in [3, 100_003] {
+                let number =
+                    |i: usize, j: usize| ((i.min(j) * 7919 + i.max(j) * 104_729) % modulus) as f64;
+                let distances: Vec<Vec<_>> =
+                    (0..n).map(|i| (0..n).map(|j| number(i, j)).collect()).collect();
+                let merges = complete_linkage(&distances).unwrap();
+                assert_eq!(merges, by_definition(&distances));
+                assert!(merges.windows(2).all(|pair| pair[0].height <= pair[1].height));
+            }
+        }
     }
 
     #[test]

@@ -1,15 +1,24 @@
 //! Weighted means of experts, and of slices such as router rows, in the layout they are stored in.
 
-use crate::align::{Alignment, Neurons, align};
-use crate::checkpoint::{Source, Tensor};
+use crate::align::{Alignment, Neurons, align, profits};
+use crate::checkpoint::{Dtype, Source, Tensor};
 use crate::error::{Error, Result};
+use crate::job::Job;
 use crate::recipe::{Align, Group, Layer, Packing};
 use ferromoe_core::Element;
+use ferromoe_core::chunks::for_each_chunk;
 use ferromoe_core::dtype::Accumulator;
+use ferromoe_core::threads;
 use half::{bf16, f16};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 const OP: &str = "rewrite";
+/// What alignments that are sought side by side may take for their profits and neurons.
+const ALIGN_BYTES: usize = 1 << 30;
+/// Elements that pay for waking a thread.
+const GRAIN: usize = 1 << 16;
 
 /// An element type that can be averaged, as it lies in a file.
 trait Stored: Element {
@@ -63,6 +72,7 @@ macro_rules! with_stored {
 }
 
 /// One expert's part: a matrix (or a bias as a column) inside a tensor.
+#[derive(Clone, Copy)]
 struct Slice<'a> {
     tensor: &'a Tensor,
     offset: u64,
@@ -75,7 +85,23 @@ struct Slice<'a> {
 pub struct Merger<'a> {
     source: &'a Source,
     layers: &'a [Layer],
-    alignments: HashMap<(usize, usize), Vec<Option<Alignment>>>,
+    /// By layer.
+    alignments: HashMap<usize, Alignments>,
+}
+
+/// By group and member.
+type Alignments = HashMap<(usize, usize), Alignment>;
+
+/// A member on its way to its group's reference.
+struct Pair {
+    group: usize,
+    reference: usize,
+    member: usize,
+    /// Shared by the members of a group that are aligned together.
+    target: Arc<Neurons>,
+    other: Neurons,
+    profit: Vec<f32>,
+    done: OnceLock<Result<Alignment>>,
 }
 
 impl<'a> Merger<'a> {
@@ -84,21 +110,35 @@ impl<'a> Merger<'a> {
         Self { source, layers, alignments: HashMap::new() }
     }
 
-    /// Dtype, and shape of one expert, of a part.
-    pub fn part(&self, layer: usize, part: &str) -> Result<(&'a Tensor, Vec<usize>, bool)> {
+    /// Dtype and shape of an output that holds a part of some groups; checks every member.
+    pub fn planned(
+        &self,
+        layer: usize,
+        part: &str,
+        groups: &[usize],
+        output: &str,
+    ) -> Result<(Dtype, Vec<usize>)> {
         let layer = &self.layers[layer];
-        let name = &layer.tensors[part];
-        let per_expert = name.contains("{e}");
-        let first = layer.groups.first().map_or(0, |group| group.members[0]);
-        let tensor = self.source.tensor(&name.replace("{e}", &first.to_string()))?;
-        let shape = if per_expert { &tensor.shape[..] } else { &tensor.shape[1..] };
-        if shape.is_empty() || shape.len() > 2 {
-            let what = format!("shape of {}", tensor.name);
-            let got = format!("{:?}", tensor.shape);
-            return Err(Error::value(OP, what, "be that of expert matrices or biases", got));
+        let per_expert = layer.tensors[part].contains("{e}");
+        if groups.is_empty() || (per_expert && groups.len() != 1) {
+            let expected = if per_expert { "be one" } else { "be at least one" };
+            let got = groups.len().to_string();
+            return Err(Error::value(OP, format!("groups of {output}"), expected, got));
         }
-        with_stored!(tensor, T, Ok((size_of::<T>(), ())))?;
-        Ok((tensor, shape.to_vec(), per_expert))
+        let mut first = None;
+        for &group in groups {
+            for &member in &layer.groups[group].members {
+                let slice = self.slice(layer, part, member)?;
+                same_form(&slice, first.get_or_insert(slice))?;
+            }
+        }
+        let first = first.expect("a group has members");
+        with_stored!(first.tensor, T, Ok(size_of::<T>()))?;
+        let mut shape = first.tensor.shape.clone();
+        if !per_expert {
+            shape[0] = groups.len();
+        }
+        Ok((first.tensor.dtype, shape))
     }
 
     fn slice(&self, layer: &Layer, part: &str, expert: usize) -> Result<Slice<'a>> {
@@ -107,7 +147,10 @@ impl<'a> Merger<'a> {
         let (shape, number) = if name.contains("{e}") {
             (&tensor.shape[..], 0)
         } else {
-            let experts = tensor.shape.first().copied().unwrap_or(0);
+            let Some((&experts, shape)) = tensor.shape.split_first() else {
+                let what = format!("shape of {}", tensor.name);
+                return Err(Error::value(OP, what, "begin with the experts", "[]"));
+            };
             if expert >= experts {
                 let what = format!("members of {}", layer.name);
                 return Err(Error::value(
@@ -117,8 +160,14 @@ impl<'a> Merger<'a> {
                     expert.to_string(),
                 ));
             }
-            (&tensor.shape[1..], expert)
+            (shape, expert)
         };
+        let axes = if part.ends_with("_bias") { 1 } else { 2 };
+        if shape.len() != axes || tensor.dtype.bits() % 8 != 0 {
+            let what = format!("shape of {}", tensor.name);
+            let expected = format!("have {axes} axes for each expert");
+            return Err(Error::value(OP, what, expected, format!("{:?}", tensor.shape)));
+        }
         let (rows, columns) = (shape[0], shape.get(1).copied().unwrap_or(1));
         let bytes = rows * columns * (tensor.dtype.bits() as usize / 8);
         Ok(Slice { tensor, offset: (number * bytes) as u64, bytes, rows, columns })
@@ -131,52 +180,77 @@ impl<'a> Merger<'a> {
     }
 
     /// The bytes of one part of a merged expert.
-    pub fn merged(&mut self, layer: usize, part: &str, group: usize) -> Result<Vec<u8>> {
-        self.align(layer, group)?;
+    pub fn merged(&mut self, layer: usize, part: &str, group: usize, job: &Job) -> Result<Vec<u8>> {
+        job.check()?;
         let found = &self.layers[layer];
         let shares = found.groups[group].shares();
         let first = self.slice(found, part, shares[0].0)?;
         if shares.len() == 1 {
             return self.read(&first);
         }
-        let alignments = &self.alignments[&(layer, group)];
+        if found.align != Align::None && !self.alignments.contains_key(&layer) {
+            let alignments = self.align(found, job)?;
+            self.alignments.insert(layer, alignments);
+        }
         with_stored!(first.tensor, T, {
             let mut sums = vec![<T as Element>::Acc::default(); first.rows * first.columns];
-            for ((member, share), alignment) in shares.iter().zip(alignments) {
-                let slice = self.slice(found, part, *member)?;
-                same_form(&slice, &first)?;
-                let values = decode::<T>(&self.read(&slice)?, slice.tensor)?;
-                let moves = alignment.as_ref().and_then(|a| Moves::new(found, part, a));
-                add(&mut sums, &values, *share, slice.columns, moves.as_ref());
+            for (member, share) in shares {
+                job.check()?;
+                let slice = self.slice(found, part, member)?;
+                let bytes = self.read(&slice)?;
+                check_finite::<T>(&bytes, slice.tensor)?;
+                let alignment = self.alignments.get(&layer).and_then(|a| a.get(&(group, member)));
+                let moves = alignment.and_then(|alignment| Moves::new(found, part, alignment));
+                add::<T>(&mut sums, &bytes, share, slice.columns, moves.as_ref());
             }
             Ok(encode::<T>(&sums))
         })
     }
 
-    /// Finds the alignment of each member that counts to the group's reference, once.
-    fn align(&mut self, layer: usize, group: usize) -> Result<()> {
-        if self.alignments.contains_key(&(layer, group)) {
-            return Ok(());
+    /// Aligns every member of the layer's groups that counts to its group's reference.
+    ///
+    /// The matrix products use all threads one after the other; the assignments, each of which runs
+    /// on one thread, are solved side by side, as many as [`ALIGN_BYTES`] holds.
+    fn align(&self, layer: &Layer, job: &Job) -> Result<Alignments> {
+        let signs = layer.align == Align::PermSign;
+        let mut wanted = Vec::new();
+        for (number, group) in layer.groups.iter().enumerate() {
+            let shares = group.shares();
+            let others =
+                shares.iter().filter(|share| shares.len() > 1 && share.0 != group.reference());
+            wanted.extend(others.map(|&(member, _)| (number, group.reference(), member)));
         }
-        let (found, reference) =
-            (&self.layers[layer], self.layers[layer].groups[group].reference());
-        let shares = found.groups[group].shares();
-        let mut alignments = Vec::with_capacity(shares.len());
-        let mut target = None;
-        for &(member, _) in &shares {
-            if found.align == Align::None || member == reference || shares.len() == 1 {
-                alignments.push(None);
-                continue;
+        let mut found = Alignments::new();
+        let mut wanted = wanted.into_iter().peekable();
+        while wanted.peek().is_some() {
+            let (mut batch, mut bytes) = (Vec::new(), 0);
+            while let Some((group, reference, member)) = wanted.next_if(|_| bytes < ALIGN_BYTES) {
+                job.check()?;
+                let target = match batch.last() {
+                    Some(Pair { reference: known, target, .. }) if *known == reference => {
+                        Arc::clone(target)
+                    }
+                    _ => Arc::new(self.neurons(layer, reference)?),
+                };
+                let other = self.neurons(layer, member)?;
+                let profit = profits(&target, &other, signs, job)?;
+                bytes += size_of_val(&profit[..]) + size_of_val(&other.linear[..]);
+                let done = OnceLock::new();
+                batch.push(Pair { group, reference, member, target, other, profit, done });
+                if batch.len() == threads::num_threads() {
+                    break;
+                }
             }
-            if target.is_none() {
-                target = Some(self.neurons(found, reference)?);
+            threads::for_each(batch.len(), 1, |number| {
+                let Pair { target, other, profit, done, .. } = &batch[number];
+                let _ = done.set(align(profit, target, other, signs, job)); // Each is set once.
+            });
+            for Pair { group, member, done, .. } in batch {
+                let alignment = done.into_inner().expect("for_each visits every pair")?;
+                found.insert((group, member), alignment);
             }
-            let target = target.as_ref().expect("filled just above");
-            let signs = found.align == Align::PermSign;
-            alignments.push(Some(align(target, &self.neurons(found, member)?, signs)?));
         }
-        self.alignments.insert((layer, group), alignments);
-        Ok(())
+        Ok(found)
     }
 
     /// One expert's neurons, in float32 whatever the storage.
@@ -210,8 +284,9 @@ impl<'a> Merger<'a> {
     fn rows(&self, layer: &Layer, part: &str, slice: &Slice<'_>) -> Result<Rows> {
         let bytes = self.read(slice)?;
         let values: Vec<f32> = with_stored!(slice.tensor, T, {
-            let values = decode::<T>(&bytes, slice.tensor)?;
-            Ok(values.iter().map(|value| value.widen().to_f64() as f32).collect())
+            check_finite::<T>(&bytes, slice.tensor)?;
+            let values = bytes.chunks_exact(size_of::<T>());
+            Ok(values.map(|value| T::from_bytes(value).widen().to_f64() as f32).collect())
         })?;
         let (rows, columns) = (slice.rows, slice.columns);
         if neurons_are_rows(layer, part) {
@@ -301,58 +376,68 @@ fn same_form(slice: &Slice<'_>, first: &Slice<'_>) -> Result<()> {
     Err(Error::value(OP, slice.tensor.name.clone(), expected, got))
 }
 
-fn decode<T: Stored>(bytes: &[u8], tensor: &Tensor) -> Result<Vec<T>> {
-    let values: Vec<T> = bytes.chunks_exact(size_of::<T>()).map(T::from_bytes).collect();
-    match values.iter().find(|value| !value.widen().to_f64().is_finite()) {
-        None => Ok(values),
-        Some(value) => {
-            let got = value.widen().to_f64().to_string();
-            Err(Error::value(OP, tensor.name.clone(), "hold finite numbers", got))
+/// Averages of what is no number, or infinite, would hide it in a whole group.
+fn check_finite<T: Stored>(bytes: &[u8], tensor: &Tensor) -> Result<()> {
+    let finite = |value: &[u8]| T::from_bytes(value).widen().to_f64().is_finite();
+    let wrong = AtomicBool::new(false);
+    let blocks: Vec<_> = bytes.chunks(GRAIN * size_of::<T>()).collect();
+    threads::for_each(blocks.len(), 1, |block| {
+        if !blocks[block].chunks_exact(size_of::<T>()).all(finite) {
+            wrong.store(true, Ordering::Relaxed);
         }
+    });
+    if !wrong.into_inner() {
+        return Ok(());
     }
+    let value = bytes.chunks_exact(size_of::<T>()).find(|value| !finite(value));
+    let got = value.map_or(f64::NAN, |value| T::from_bytes(value).widen().to_f64()).to_string();
+    Err(Error::value(OP, tensor.name.clone(), "hold finite numbers", got))
 }
 
 fn encode<T: Stored>(sums: &[T::Acc]) -> Vec<u8> {
-    let mut bytes = vec![0; sums.len() * size_of::<T>()];
-    for (into, sum) in bytes.chunks_exact_mut(size_of::<T>()).zip(sums) {
-        T::round(*sum).to_bytes(into);
-    }
+    let mut bytes = vec![0; size_of_val(sums) / size_of::<T::Acc>() * size_of::<T>()];
+    for_each_chunk(&mut bytes, GRAIN * size_of::<T>(), 1, |block, bytes| {
+        for (into, sum) in bytes.chunks_exact_mut(size_of::<T>()).zip(&sums[block * GRAIN..]) {
+            T::round(*sum).to_bytes(into);
+        }
+    });
     bytes
 }
 
-/// `sums += share · values`, with neurons moved to their places.
+/// `sums += share · values`, with neurons moved to their places. `values` are stored elements.
 fn add<T: Stored>(
     sums: &mut [T::Acc],
-    values: &[T],
+    values: &[u8],
     share: f64,
     columns: usize,
     moves: Option<&Moves>,
 ) {
     let share = T::Acc::from_f64(share);
     let signed = |flip: bool| if flip { -share } else { share };
-    for (row, sums) in sums.chunks_exact_mut(columns.max(1)).enumerate() {
-        match moves {
-            Some(moves) if moves.along_rows => {
-                let share = signed(moves.flip[row]);
-                let values = &values[moves.from[row] * columns..][..columns];
-                for (sum, value) in sums.iter_mut().zip(values) {
-                    *sum += share * value.widen();
+    let rows = (GRAIN / columns.max(1)).max(1);
+    for_each_chunk(sums, rows * columns, 1, |block, sums| {
+        for (row, sums) in sums.chunks_exact_mut(columns).enumerate() {
+            let row = block * rows + row;
+            let (from, share) = match moves {
+                Some(moves) if moves.along_rows => (moves.from[row], signed(moves.flip[row])),
+                _ => (row, share),
+            };
+            let line = &values[from * columns * size_of::<T>()..][..columns * size_of::<T>()];
+            match moves {
+                Some(moves) if !moves.along_rows => {
+                    for ((sum, &from), &flip) in sums.iter_mut().zip(&moves.from).zip(&moves.flip) {
+                        let value = T::from_bytes(&line[from * size_of::<T>()..][..size_of::<T>()]);
+                        *sum += signed(flip) * value.widen();
+                    }
                 }
-            }
-            Some(moves) => {
-                let values = &values[row * columns..][..columns];
-                for ((sum, &from), &flip) in sums.iter_mut().zip(&moves.from).zip(&moves.flip) {
-                    *sum += signed(flip) * values[from].widen();
-                }
-            }
-            None => {
-                let values = &values[row * columns..][..columns];
-                for (sum, value) in sums.iter_mut().zip(values) {
-                    *sum += share * value.widen();
+                _ => {
+                    for (sum, value) in sums.iter_mut().zip(line.chunks_exact(size_of::<T>())) {
+                        *sum += share * T::from_bytes(value).widen();
+                    }
                 }
             }
         }
-    }
+    });
 }
 
 /// Weighted means of slices of a tensor along an axis: router rows, biases, correction vectors.
@@ -363,15 +448,20 @@ pub fn mean(source: &Source, from: &Tensor, axis: usize, groups: &[Group]) -> Re
     let mut bytes = vec![0; from.bytes() as usize];
     source.read(from, 0, &mut bytes)?;
     with_stored!(from, T, {
-        let values = decode::<T>(&bytes, from)?;
-        let mut out = Vec::with_capacity(outer * groups.len() * inner * size_of::<T>());
-        for block in values.chunks_exact((extent * inner).max(1)).take(outer) {
+        let slice_bytes = inner * size_of::<T>();
+        let mut out = Vec::with_capacity(outer * groups.len() * slice_bytes);
+        for block in bytes.chunks_exact((extent * slice_bytes).max(1)).take(outer) {
+            let slice = |member: usize| &block[member * slice_bytes..][..slice_bytes];
             for group in groups {
                 let shares = group.shares();
+                if let [(member, _)] = shares[..] {
+                    out.extend_from_slice(slice(member));
+                    continue;
+                }
                 let mut sums = vec![<T as Element>::Acc::default(); inner];
-                for &(member, share) in &shares {
-                    let slice = &block[member * inner..][..inner];
-                    add(&mut sums, slice, if shares.len() == 1 { 1.0 } else { share }, inner, None);
+                for (member, share) in shares {
+                    check_finite::<T>(slice(member), from)?;
+                    add::<T>(&mut sums, slice(member), share, inner, None);
                 }
                 out.extend(encode::<T>(&sums));
             }

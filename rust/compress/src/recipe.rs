@@ -38,6 +38,19 @@ pub enum Packing {
     Ungated,
 }
 
+impl Packing {
+    /// The parts that hold its neurons: those it must have, and those it may have beside them.
+    const fn parts(self) -> (&'static [&'static str], &'static [&'static str]) {
+        match self {
+            Self::Separate => (&["gate", "up", "down"], &["gate_bias", "up_bias", "down_bias"]),
+            Self::Halves | Self::Interleaved => {
+                (&["gate_up", "down"], &["gate_up_bias", "down_bias"])
+            }
+            Self::Ungated => (&["up", "down"], &["up_bias", "down_bias"]),
+        }
+    }
+}
+
 /// How members of a group are matched to its reference before they are averaged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -102,6 +115,12 @@ impl Group {
         let wrong = |expected: &str, got: String| Err(Error::value(OP, of, expected, got));
         if self.members.is_empty() {
             return wrong("have members", "none".into());
+        }
+        let mut once = self.members.clone();
+        once.sort_unstable();
+        once.dedup();
+        if once.len() != self.members.len() {
+            return wrong("have each member once", format!("{:?}", self.members));
         }
         if self.weights.len() != self.members.len() {
             return wrong("have a weight for each member", format!("{:?}", self.weights));
@@ -182,6 +201,18 @@ impl Recipe {
         for layer in &recipe.layers {
             for (number, group) in layer.groups.iter().enumerate() {
                 group.check(&format!("group {number} of {}", layer.name))?;
+            }
+            let (needed, allowed) = layer.packing.parts();
+            let has = |part: &&&str| layer.tensors.contains_key(**part);
+            let known = |part: &&String| needed.iter().chain(allowed).any(|known| known == part);
+            if needed.iter().filter(has).count() != needed.len()
+                || !layer.tensors.keys().all(|part| known(&part))
+            {
+                let what = format!("tensors of {}", layer.name);
+                let expected =
+                    format!("be {}, and of {} any", needed.join(", "), allowed.join(", "));
+                let got = layer.tensors.keys().cloned().collect::<Vec<_>>().join(", ");
+                return Err(Error::value(OP, what, expected, got));
             }
             if layer.align == Align::PermSign && layer.packing == Packing::Ungated {
                 let what = format!("align of {}", layer.name);

@@ -63,11 +63,8 @@ pub fn assign<'py>(py: Python<'py>, profit: &Bound<'py, PyAny>) -> PyResult<Boun
     let [n, _] = view.dims("[n, n]")?;
     ferromoe_core::error::check_shape("assign", "profit", view.shape(), &[n, n]).map_err(to_py)?;
     let values = view.slice::<f32>()?;
-    if let Some(wrong) = values.iter().find(|value| !value.is_finite()) {
-        return Err(PyValueError::new_err(format!("assign: profit must be finite, got {wrong}")));
-    }
     let mut out = Output::empty("assign", profit, &[n], Dtype::I32)?;
-    let columns = run(py, || Ok::<_, Error>(solver::assign(values, n)))?;
+    let columns = run(py, || solver::assign(values, n, &Job::default()))?;
     for (into, column) in out.slice_mut::<i32>()?.iter_mut().zip(columns) {
         *into = column as i32;
     }

@@ -14,7 +14,7 @@ use crate::merge::{Merger, mean};
 use crate::recipe::{Op, Output, Recipe};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use shard::{ShardWriter, replace};
+use shard::{ShardWriter, TEMPORARY, replace};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
 use std::fs;
@@ -24,6 +24,8 @@ use std::path::{Path, PathBuf};
 const OP: &str = "rewrite";
 const PROGRESS: &str = "progress.jsonl";
 const CONFIG: &str = "config.json";
+/// Slices of fewer bytes than a page are not worth a read each.
+const SMALL: u64 = 4096;
 
 /// One output tensor, with everything known but its bytes.
 #[derive(Debug)]
@@ -82,11 +84,15 @@ impl Rewrite {
         let mut hasher = Sha256::new();
         hasher.update(max_shard_bytes.to_le_bytes());
         hasher.update(recipe);
-        let recipe = Recipe::parse(recipe)?;
+        let mut recipe = Recipe::parse(recipe)?;
         let source = Source::open(Checkpoint::open(source)?)?;
         // A source that changed since must not be mixed with what was written before.
         for shard in &source.checkpoint.shards {
-            hasher.update(format!("{} {}", shard.name, shard.bytes));
+            let path = source.checkpoint.folder.join(&shard.name);
+            let changed = fs::metadata(&path)
+                .and_then(|file| file.modified())
+                .map_err(Error::io(OP, &path, "read"))?;
+            hasher.update(format!("{} {} {changed:?}", shard.name, shard.bytes));
         }
         for file in &recipe.files {
             let path = source.checkpoint.folder.join(file);
@@ -102,6 +108,14 @@ impl Rewrite {
             tensors.push(planned(&source, &merger, output)?);
         }
         let bounds = shard_bounds(&tensors, max_shard_bytes);
+        // Wide elements first in each shard, so that a tensor starts at a multiple of its own.
+        let mut pairs: Vec<_> = recipe.tensors.into_iter().zip(tensors).collect();
+        for range in bounds.windows(2) {
+            pairs[range[0]..range[1]]
+                .sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype.bits()));
+        }
+        let tensors;
+        (recipe.tensors, tensors) = pairs.into_iter().unzip();
         Ok(Self { source, hash: hexadecimal(&hasher.finalize()), recipe, tensors, bounds })
     }
 
@@ -141,7 +155,9 @@ impl Rewrite {
             let mut writer = ShardWriter::create(target, &name, tensors)?;
             for (output, tensor) in outputs.iter().zip(tensors) {
                 job.doing(&tensor.name);
+                let end = writer.bytes() + tensor.bytes();
                 self.write(output, &mut merger, &mut writer, job)?;
+                assert_eq!(writer.bytes(), end, "{} is not as long as planned", tensor.name);
             }
             let (bytes, sha256) = writer.finish()?;
             let done = Finished { recipe: self.hash.clone(), shard: name, bytes, sha256 };
@@ -174,12 +190,7 @@ impl Rewrite {
         for entry in fs::read_dir(target).map_err(Error::io(OP, target, "listed"))? {
             let entry = entry.map_err(Error::io(OP, target, "listed"))?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.contains(".tmp-") {
-                let path = entry.path();
-                fs::remove_file(&path).map_err(Error::io(OP, &path, "removed"))?;
-            } else {
-                names.push(name);
-            }
+            names.push(name);
         }
         let our_own = progress.exists() && finished.iter().all(ours);
         if !names.is_empty() && !our_own {
@@ -189,6 +200,11 @@ impl Rewrite {
                 expected: "be a new or empty folder, or one where this same job was interrupted",
                 got: format!("{} files of something else", names.len()),
             });
+        }
+        // What a killed run left half-written. The folder is ours, so nobody else's is among it.
+        for name in names.iter().filter(|name| name.contains(TEMPORARY)) {
+            let path = target.join(name);
+            fs::remove_file(&path).map_err(Error::io(OP, &path, "removed"))?;
         }
         finished.retain(|done| {
             fs::metadata(target.join(&done.shard)).is_ok_and(|file| file.len() == done.bytes)
@@ -229,6 +245,10 @@ impl Rewrite {
                 let extent = tensor.shape[*axis] as u64;
                 let outer: usize = tensor.shape[..*axis].iter().product();
                 let slice = tensor.bytes() / (outer as u64 * extent).max(1);
+                if outer > 1 && slice < SMALL {
+                    let slice = slice as usize;
+                    return self.select_small(tensor, outer, slice, indices, writer, job);
+                }
                 for block in 0..outer as u64 {
                     for &index in indices {
                         let offset = (block * extent + index as u64) * slice;
@@ -243,17 +263,44 @@ impl Rewrite {
             }
             Op::Merge { layer, part, groups } => {
                 for &group in groups {
-                    job.check()?;
-                    writer.put(&merger.merged(*layer, part, group)?, job)?;
+                    writer.put(&merger.merged(*layer, part, group, job)?, job)?;
                 }
                 Ok(())
             }
         }
     }
 
-    /// Index, other files, config, in this order.
+    /// Gathers slices that are too small to read one by one.
+    fn select_small(
+        &self,
+        tensor: &Tensor,
+        outer: usize,
+        slice: usize,
+        indices: &[usize],
+        writer: &mut ShardWriter,
+        job: &Job,
+    ) -> Result<()> {
+        let mut block = vec![0; tensor.bytes() as usize / outer.max(1)];
+        let mut picked = Vec::new();
+        for number in 0..outer {
+            self.source.read(tensor, (number * block.len()) as u64, &mut block)?;
+            picked.clear();
+            for &index in indices {
+                picked.extend_from_slice(&block[index * slice..][..slice]);
+            }
+            writer.put(&picked, job)?;
+        }
+        Ok(())
+    }
+
+    /// Other files, index, config, in this order.
     fn finish(&self, target: &Path, job: &Job) -> Result<()> {
         job.check()?;
+        for file in &self.recipe.files {
+            let path = self.source.checkpoint.folder.join(file);
+            let bytes = fs::read(&path).map_err(Error::io(OP, &path, "read"))?;
+            replace(target, file, &bytes)?;
+        }
         if self.bounds.len() > 2 {
             let mut map = BTreeMap::new();
             for (shard, tensors) in self.shards() {
@@ -265,11 +312,6 @@ impl Rewrite {
             let index = serde_json::json!({"metadata": {"total_size": total}, "weight_map": map});
             let text = serde_json::to_string_pretty(&index).expect("maps of strings are JSON");
             replace(target, crate::checkpoint::reader::INDEX, format!("{text}\n").as_bytes())?;
-        }
-        for file in &self.recipe.files {
-            let path = self.source.checkpoint.folder.join(file);
-            let bytes = fs::read(&path).map_err(Error::io(OP, &path, "read"))?;
-            replace(target, file, &bytes)?;
         }
         replace(target, CONFIG, self.recipe.config.as_bytes())?;
         let progress = target.join(PROGRESS);
@@ -308,16 +350,7 @@ fn planned(source: &Source, merger: &Merger<'_>, output: &Output) -> Result<Plan
             let members: Vec<_> = groups.iter().flat_map(|g| g.members.iter().copied()).collect();
             (tensor.dtype, along(tensor, *axis, &members, groups.len())?)
         }
-        Op::Merge { layer, part, groups } => {
-            let (tensor, mut shape, per_expert) = merger.part(*layer, part)?;
-            if !per_expert {
-                shape.insert(0, groups.len());
-            } else if groups.len() != 1 {
-                let what = format!("groups of {}", output.name);
-                return Err(Error::value(OP, what, "be one", groups.len().to_string()));
-            }
-            (tensor.dtype, shape)
-        }
+        Op::Merge { layer, part, groups } => merger.planned(*layer, part, groups, &output.name)?,
     };
     let tensor = Planned { name: output.name.clone(), dtype, shape };
     if tensor.dtype.bytes(&tensor.shape).is_none() {
@@ -344,14 +377,11 @@ fn shard_bounds(tensors: &[Planned], max_shard_bytes: u64) -> Vec<usize> {
 fn record(target: &Path, done: &Finished) -> Result<()> {
     let path: PathBuf = target.join(PROGRESS);
     let line = serde_json::to_string(done).expect("strings and a number are JSON");
-    let mut file = fs::OpenOptions::new().append(true).open(&path);
-    file.as_mut()
-        .map_err(|error| std::io::Error::from(error.kind()))
-        .and_then(|file| {
-            writeln!(file, "{line}")?;
-            file.sync_data()
-        })
-        .map_err(Error::io(OP, &path, "written"))
+    let written = fs::OpenOptions::new().append(true).open(&path).and_then(|mut file| {
+        writeln!(file, "{line}")?;
+        file.sync_data()
+    });
+    written.map_err(Error::io(OP, &path, "written"))
 }
 
 fn hexadecimal(bytes: &[u8]) -> String {

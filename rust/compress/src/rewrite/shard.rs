@@ -12,6 +12,9 @@ use std::path::{Path, PathBuf};
 /// What one read and one write move at most; a cancelled job stops between two of them.
 const BLOCK: usize = 4 << 20;
 
+/// What stands between a file's name and the writer's process number until the file is whole.
+pub const TEMPORARY: &str = ".tmp-";
+
 /// A shard under its temporary name.
 pub struct ShardWriter {
     folder: PathBuf,
@@ -42,11 +45,18 @@ impl ShardWriter {
         Ok(())
     }
 
+    /// Bytes written so far, the header among them.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// Appends bytes that were computed.
     pub fn put(&mut self, bytes: &[u8], job: &Job) -> Result<()> {
-        job.check()?;
-        self.append(bytes)?;
-        job.advance(bytes.len() as u64);
+        for block in bytes.chunks(BLOCK) {
+            job.check()?;
+            self.append(block)?;
+            job.advance(block.len() as u64);
+        }
         Ok(())
     }
 
@@ -113,12 +123,15 @@ pub fn replace(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
         file.write_all(bytes)?;
         file.sync_data()
     });
-    written.map_err(Error::io(OP, &temporary, "written"))?;
+    if let Err(error) = written {
+        let _ = fs::remove_file(&temporary);
+        return Err(Error::io(OP, &temporary, "written")(error));
+    }
     rename(&temporary, folder, name)
 }
 
 fn temporary(folder: &Path, name: &str) -> PathBuf {
-    folder.join(format!("{name}.tmp-{}", std::process::id()))
+    folder.join(format!("{name}{TEMPORARY}{}", std::process::id()))
 }
 
 /// Renames, and syncs the folder, without which the name may be lost with the power.
