@@ -153,3 +153,16 @@ def test_a_gpu_check_replaces_the_entries_of_its_own_compute_capability() -> Non
 def test_the_gpu_check_knows_every_kernel() -> None:
     names = {name for image in ferromoe.cuda.kernels() for name in image.kernels}
     assert set(gpu_check.checks()) == names
+
+
+@needs_kernels
+def test_arrays_on_a_gpu_go_through_the_kernels(emulator: Path) -> None:
+    log = emulator.with_name("arrays.log")
+    script = Path(__file__).with_name("emulated_gpu.py")
+    environment = {**os.environ, "FERROMOE_LIBCUDA": str(emulator), "EMULATOR_LOG": str(log)}
+    run = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    launches = [line.split()[2] for line in log.read_text().splitlines() if "grid" in line]
+    assert launches == ["permute_rows", "unpermute_f32", "unpermute_backward_f32"]

@@ -283,3 +283,32 @@ pub fn allocate<'py>(
         Ok(Some(Bound::from_owned_ptr(like.py(), object.cast())))
     }
 }
+
+/// The stream that the array's library works on, a `CUstream`; null is the default stream.
+pub fn current_stream(array: &Bound<'_, PyAny>, device: i32) -> PyResult<*mut c_void> {
+    let py = array.py();
+    if let Some(api) = exchange_api(array) {
+        let mut stream = ptr::null_mut();
+        // SAFETY: the table belongs to the array's type; `stream` outlives the call.
+        if unsafe { (api.current_stream)(CUDA[0], device, &raw mut stream) } != 0 {
+            return Err(PyErr::fetch(py));
+        }
+        return Ok(stream);
+    }
+    let module = array.get_type().module()?.to_string();
+    let handle: usize = match module.split('.').next() {
+        Some("torch") => {
+            let cuda = py.import(intern!(py, "torch.cuda"))?;
+            let stream = cuda.call_method1(intern!(py, "current_stream"), (device,))?;
+            stream.getattr(intern!(py, "cuda_stream"))?.extract()?
+        }
+        Some("cupy") => {
+            let cuda = py.import(intern!(py, "cupy.cuda"))?;
+            let stream = cuda.call_method0(intern!(py, "get_current_stream"))?;
+            stream.getattr(intern!(py, "ptr"))?.extract()?
+        }
+        // `__dlpack__` without a stream makes the array ready for the default one.
+        _ => 0,
+    };
+    Ok(ptr::with_exposed_provenance_mut(handle))
+}

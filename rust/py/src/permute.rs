@@ -1,12 +1,12 @@
 //! `permute`, `unpermute` and its gradients.
 
-use crate::error::no_kernel;
 use crate::run::run;
 use crate::tensor::{Device, Output, View};
 use crate::with_float;
 use ferromoe_core::dtype::Accumulator;
 use ferromoe_core::permute::{self as core, Maps};
 use ferromoe_core::{Dtype, Element};
+use ferromoe_cuda::permute as cuda;
 use pyo3::prelude::*;
 use std::borrow::Cow;
 
@@ -36,6 +36,14 @@ impl<'py> Plan<'py> {
         Ok(Maps {
             slot_of_row: self.slot_of_row.slice()?,
             row_of_slot: self.row_of_slot.slice()?,
+            top_k: self.top_k,
+        })
+    }
+
+    fn device_maps(&self) -> PyResult<cuda::Maps<'_>> {
+        Ok(cuda::Maps {
+            slot_of_row: self.slot_of_row.device_array()?,
+            row_of_slot: self.row_of_slot.device_array()?,
             top_k: self.top_k,
         })
     }
@@ -89,7 +97,11 @@ pub fn permute<'py>(
             let out = out.bytes_mut()?;
             run(py, || core::permute(x, row_bytes, maps, out))?;
         }
-        Device::Cuda(_) => return Err(no_kernel(OP)),
+        Device::Cuda(_) => {
+            let (stream, maps) = (view.stream(x)?, plan.device_maps()?);
+            let (x, mut out) = (view.device_array()?, out.device_array_mut()?);
+            run(py, || cuda::permute(stream, x, hidden, maps, &mut out))?;
+        }
     }
     Ok(out.into_array())
 }
@@ -131,7 +143,12 @@ pub fn unpermute<'py>(
             let out = out.slice_mut::<T>()?;
             run(py, || core::unpermute(y, hidden, maps, weights.as_deref(), out))?;
         }),
-        Device::Cuda(_) => return Err(no_kernel(OP)),
+        Device::Cuda(_) => {
+            let (stream, maps) = (view.stream(y)?, plan.device_maps()?);
+            let weights = weights.as_ref().map(View::device_array).transpose()?;
+            let (y, mut out) = (view.device_array()?, out.device_array_mut()?);
+            run(py, || cuda::unpermute(stream, y, hidden, maps, weights, &mut out))?;
+        }
     }
     Ok(out.into_array())
 }
@@ -151,6 +168,9 @@ pub fn unpermute_backward<'py>(
     let grad = View::new(OP, "grad", grad)?;
     let plan = Plan::new(OP, slot_of_row, row_of_slot)?;
     let weights = View::new(OP, "topk_weights", topk_weights)?;
+    for input in [&grad, &plan.slot_of_row, &weights] {
+        input.same_device(&view)?;
+    }
     let hidden = width(OP, "y", &view, plan.rows())?;
     let mut dy = Output::empty(OP, y, view.shape(), view.dtype())?;
     let sums = if view.dtype() == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
@@ -162,7 +182,16 @@ pub fn unpermute_backward<'py>(
             let (dy, dw) = (dy.slice_mut::<T>()?, dw.slice_mut()?);
             run(py, || core::unpermute_backward(grad, y, hidden, maps, &weights, dy, dw))?;
         }),
-        Device::Cuda(_) => return Err(no_kernel(OP)),
+        Device::Cuda(_) => {
+            let (stream, maps) = (view.stream(y)?, plan.device_maps()?);
+            let (grad, weights) = (grad.device_array()?, weights.device_array()?);
+            let (y, mut dy) = (view.device_array()?, dy.device_array_mut()?);
+            let mut dw = dw.device_array_mut()?;
+            run(py, || {
+                let (dy, dw) = (&mut dy, &mut dw);
+                cuda::unpermute_backward(stream, grad, y, hidden, maps, weights, dy, dw)
+            })?;
+        }
     }
     Ok((dy.into_array(), dw.into_array()))
 }

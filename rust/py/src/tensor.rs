@@ -204,6 +204,25 @@ impl<'py> View<'py> {
         Ok(unsafe { std::slice::from_raw_parts(self.start(), self.len() * self.dtype.size()) })
     }
 
+    /// The array as a kernel on its GPU takes it.
+    pub fn device_array(&self) -> PyResult<ferromoe_cuda::Array<'_>> {
+        let data = self.device_address()?;
+        // SAFETY: contiguous, on the GPU, aligned. torch and CuPy give memory back in the order of
+        // the stream they work on, which is the one that `stream` returns.
+        Ok(unsafe { ferromoe_cuda::Array::new(data, self.len(), self.dtype) })
+    }
+
+    /// The stream on which the library of this array, `object`, works on its GPU.
+    pub fn stream(&self, object: &Bound<'_, PyAny>) -> PyResult<ferromoe_cuda::Stream> {
+        let Device::Cuda(ordinal) = self.device else {
+            return Err(self.not_on("a GPU"));
+        };
+        let handle = dlpack::current_stream(object, ordinal)?;
+        // SAFETY: a stream of the primary context, by the producer's word; it lives at least until
+        // the caller of this operation, who works on it, is back.
+        unsafe { ferromoe_cuda::Stream::new(ordinal, handle) }.map_err(to_py)
+    }
+
     /// The error of an array whose dtype the operation does not take.
     pub fn type_error(&self, expected: &str) -> PyErr {
         let (op, arg) = (self.op, self.arg);
@@ -211,13 +230,14 @@ impl<'py> View<'py> {
     }
 
     fn on_cpu(&self) -> PyResult<()> {
-        match self.device {
-            Device::Cpu => Ok(()),
-            Device::Cuda(_) => Err(PyValueError::new_err(format!(
-                "{}: {} must be on the CPU, got {:?}",
-                self.op, self.arg, self.device
-            ))),
-        }
+        if self.device == Device::Cpu { Ok(()) } else { Err(self.not_on("the CPU")) }
+    }
+
+    fn not_on(&self, place: &str) -> PyErr {
+        PyValueError::new_err(format!(
+            "{}: {} must be on {place}, got {:?}",
+            self.op, self.arg, self.device
+        ))
     }
 
     fn start(&self) -> *mut u8 {
@@ -237,6 +257,20 @@ impl<'py> View<'py> {
         }
         let data = self.start().cast::<T>();
         if !data.is_aligned() {
+            return Err(PyValueError::new_err(format!(
+                "{}: {} must be aligned to its elements, got address {data:p}",
+                self.op, self.arg
+            )));
+        }
+        Ok(data)
+    }
+
+    fn device_address(&self) -> PyResult<*mut u8> {
+        if self.device == Device::Cpu {
+            return Err(self.not_on("a GPU"));
+        }
+        let data = self.start();
+        if !data.addr().is_multiple_of(self.dtype.size()) {
             return Err(PyValueError::new_err(format!(
                 "{}: {} must be aligned to its elements, got address {data:p}",
                 self.op, self.arg
@@ -326,6 +360,14 @@ impl<'py> Output<'py> {
         let len = self.view.len() * self.view.dtype.size();
         // SAFETY: as in `slice_mut`; a byte has no alignment.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.view.start(), len) })
+    }
+
+    /// The array as a kernel on its GPU writes it.
+    pub fn device_array_mut(&mut self) -> PyResult<ferromoe_cuda::ArrayMut<'_>> {
+        let data = self.view.device_address()?;
+        // SAFETY: as in `View::device_array`; new, or checked to overlap no input, and `&mut self`
+        // makes this its only view.
+        Ok(unsafe { ferromoe_cuda::ArrayMut::new(data, self.view.len(), self.view.dtype) })
     }
 
     pub fn into_array(self) -> Bound<'py, PyAny> {
