@@ -88,15 +88,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_config(family: str) -> Any:
-    name, sizes = FAMILIES[family]
-    return getattr(transformers, f"{name}Config")(**(COMMON | sizes))
-
-
-def make(family: str, dtype: torch.dtype = torch.float32) -> Any:
+def make(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     torch.manual_seed(0)
-    name, _ = FAMILIES[family]
-    model = getattr(transformers, f"{name}ForCausalLM")(make_config(family))
+    name, sizes = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**(COMMON | sizes | changes))
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
     # Default initialisation is small enough for experts to hardly matter.
     for parameter in model.parameters():
         if parameter.ndim > 1:

@@ -1,0 +1,84 @@
+"""The command line, as a person meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoints import write
+
+
+def ferromoe(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ferromoe", *map(str, words)]
+    environment = {**os.environ, "COLUMNS": "100"}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write("mixtral", tmp_path_factory.mktemp("cli") / "model")
+
+
+def test_from_a_checkpoint_to_a_smaller_one(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(256)))
+    shown = ferromoe("inspect", model)
+    assert shown.returncode == 0, shown.stderr
+    assert "mixtral" in shown.stdout
+    assert "--method stun --experts 3" in shown.stdout
+    plan = ["plan", model, "--method", "stun", "--experts", "3"]
+    dry = ferromoe(*plan, "--dry-run")
+    assert "6 -> 3" in dry.stdout
+    assert not (tmp_path / "plan.json").exists()
+    done = ferromoe(*plan, "--output", tmp_path / "plan.json", "--progress", "json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stderr.splitlines()[0])["job"] == "plan"
+    applied = ferromoe("apply", model, tmp_path / "plan.json", "--output", tmp_path / "out")
+    assert "model.safetensors" in applied.stdout
+    again = ferromoe("apply", model, tmp_path / "plan.json", "--output", tmp_path / "out")
+    assert again.returncode == 1
+    assert "must be a new or empty folder" in again.stderr
+    measured = ferromoe("eval", tmp_path / "out", "--text", text)
+    assert measured.returncode == 0, measured.stderr
+    assert "bits per byte" in measured.stdout
+
+
+def test_info_is_a_table_for_bug_reports() -> None:
+    shown = ferromoe("info")
+    assert shown.returncode == 0, shown.stderr
+    for word in ("register tile", "threads", "gpu", "cuda kernels", "verified on a chip", "torch"):
+        assert word in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "sentence"),
+    [
+        (["plan", "MODEL", "--method", "magic", "--experts", "3", "--dry-run"], 2, "got 'magic'"),
+        (
+            ["plan", "MODEL", "--method", "stun", "--experts", "1", "--dry-run"],
+            2,
+            "in 2..6",
+        ),
+        (["plan", "MODEL", "--method", "stun", "--experts", "3"], 2, "output must name a file"),
+        (["plan", "MODEL", "--method", "stun", "--experts", "x", "--dry-run"], 2, "valid int"),
+        (["inspect", "nowhere"], 1, "no such file or folder"),
+        (["apply", "MODEL", "missing.json", "--output", "out"], 1, "missing.json"),
+        (["fly"], 2, "No such command 'fly'"),
+        (["demo", "--shape", "round"], 2, "shape must be one of olmoe"),
+    ],
+)
+def test_errors_are_one_sentence(
+    words: list[str], status: int, sentence: str, model: Path, tmp_path: Path
+) -> None:
+    done = ferromoe(*(model if word == "MODEL" else word for word in words), cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

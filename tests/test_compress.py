@@ -1,0 +1,222 @@
+"""Compression of whole checkpoints: planned, written, and reloaded in stock transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from checkpoints import FAMILIES, fuse, write
+from ferromoe import compress
+from ferromoe.compress import Plan
+from ferromoe.compress.methods import m_smoe, methods, stun
+from ferromoe.compress.stats import LayerStatistics
+from ferromoe.families import open_checkpoint
+from test_transformers import draw_tokens
+
+TEXT = bytes(range(256)) * 3
+KEPT = {"mixtral_top1": 2, "deepseek_v3": 8}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT)
+    return path
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("method", "form"), [("stun", "compact"), ("m-smoe", "compact"), ("m-smoe", "expanded")]
+)
+def test_the_result_loads_in_stock_transformers(
+    family: str, method: str, form: str, tmp_path: Path, text: Path
+) -> None:
+    source = write(family, tmp_path / "source")
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    experts = KEPT.get(family, 4)
+    calibrate = text if method == "m-smoe" else None
+    plan = compress.make_plan(
+        source, method=method, experts=experts, form=form, calibrate=calibrate
+    )
+    report = compress.apply(source, plan, tmp_path / "out")
+    assert report["bytes"] == plan.totals["bytes_out"]
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    model = load(tmp_path / "out")
+    with torch.no_grad():
+        assert model(draw_tokens()).logits.isfinite().all()
+    found = open_checkpoint(tmp_path / "out")
+    assert found.num_experts == (experts if form == "compact" else plan.source["num_experts"])
+    note = json.loads((tmp_path / "out/config.json").read_text())["compression"]
+    assert note["plan_sha256"] == plan.sha256
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "nemotron_h"])
+@pytest.mark.parametrize("method", ["stun", "m-smoe"])
+def test_fused_files_give_the_same_model(
+    family: str, method: str, tmp_path: Path, text: Path
+) -> None:
+    outputs = []
+    for name in ("separate", "fused"):
+        source = write(family, tmp_path / name)
+        if name == "fused":
+            fuse(source)
+        calibrate = text if method == "m-smoe" else None
+        experts = KEPT.get(family, 4)
+        plan = compress.make_plan(source, method=method, experts=experts, calibrate=calibrate)
+        compress.apply(source, plan, tmp_path / f"{name}-out")
+        with torch.no_grad():
+            outputs.append(load(tmp_path / f"{name}-out")(draw_tokens()).logits)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_keeping_every_expert_changes_no_byte(family: str, tmp_path: Path, text: Path) -> None:
+    source = write(family, tmp_path / "source")
+    for method in methods():
+        experts = open_checkpoint(source).num_experts
+        plan = compress.make_plan(source, method=method, experts=experts, calibrate=text)
+        compress.apply(source, plan, tmp_path / method)
+        before, after = tensors(source), tensors(tmp_path / method)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_pruned_experts_are_the_original_slices(tmp_path: Path) -> None:
+    source = write("gpt_oss", tmp_path / "source")
+    plan = compress.make_plan(source, method="stun", experts=3)
+    compress.apply(source, plan, tmp_path / "out")
+    before, after = tensors(source), tensors(tmp_path / "out")
+    for layer in plan.layers:
+        kept = layer.representative
+        for name in before:
+            if f"layers.{layer.layer}.mlp." in name:
+                assert torch.equal(after[name], before[name][kept])
+
+
+def test_merging_is_the_weighted_mean_of_what_belongs_together(tmp_path: Path, text: Path) -> None:
+    source = write("olmoe", tmp_path / "source")
+    plan = compress.make_plan(source, method="m-smoe", experts=4, calibrate=text)
+    plan.align = "none"
+    compress.apply(source, plan, tmp_path / "out")
+    before, after = tensors(source), tensors(tmp_path / "out")
+    layer = plan.layers[0]
+    for number, (members, weights) in enumerate(zip(layer.groups, layer.weights, strict=True)):
+        name = "model.layers.0.mlp.experts.{}.down_proj.weight"
+        mean = sum(w * before[name.format(e)] for e, w in zip(members, weights, strict=True))
+        torch.testing.assert_close(after[name.format(number)], mean)
+
+
+def test_stun_clusters_router_rows_by_complete_linkage() -> None:
+    router = torch.tensor([[0.0, 0.0], [0.0, 1.0], [3.0, 0.0], [3.0, 1.5]])
+    assert stun.clusters_of(router, 2) == [[0, 1], [2, 3]]
+    assert stun.clusters_of(router, 3) == [[0, 1], [2], [3]]
+    assert stun.clusters_of(router, 2, blocks=2) == [[0, 1], [2, 3]]
+
+
+def test_stun_keeps_the_member_nearest_to_the_mean() -> None:
+    class One:
+        def part(self, _layer: Any, _part: str, expert: int) -> Tensor:
+            return torch.tensor([[0.0, 1.0, 5.0][expert]])
+
+    layer: Any = type("Layer", (), {"parts": {"up": "up"}})()
+    weights: Any = One()
+    assert stun.representative(weights, layer, [0, 1, 2]) == 1
+    assert stun.representative(weights, layer, [1, 2]) == 1
+
+
+def test_m_smoe_dominants() -> None:
+    shares = [torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.7, 0.1, 0.1, 0.1])]
+    assert m_smoe.dominants(shares, 2) == [[0, 1], [0, 1]]
+    # Adaptive: the two best, then the most frequent of what is left: .3 and .2 of layer 0.
+    assert m_smoe.dominants(shares, 2, adaptive=True) == [[0, 1, 2], [0]]
+    assert m_smoe.dominants(shares[:1], 2, blocks=2) == [[0, 2]]
+
+
+def test_m_smoe_groups_by_similarity_and_ties_to_the_lower_expert() -> None:
+    similarity = torch.tensor(
+        [[1, 0.2, 0.9, 0.5], [0.2, 1, 0.1, 0.5], [0.9, 0.1, 1, 0.5], [0.5, 0.5, 0.5, 1]]
+    )
+    share = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    assert m_smoe.group(similarity, share, [0, 1], block=4) == [[0, 2, 3], [1]]
+    assert m_smoe.group(similarity, share, [0, 3], block=2) == [[0, 1], [2, 3]]
+
+
+def test_statistics_add_up_in_any_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 4, generator=generator)
+    ids = torch.randint(-1, 5, (40, 2), generator=generator)  # -1 and 4 are no expert
+    whole, parts = LayerStatistics.zeros(4), LayerStatistics.zeros(4)
+    whole.add_ids(ids)
+    whole.add_logits(logits)
+    for part in (slice(25, 40), slice(0, 25)):
+        parts.add_ids(ids[part])
+        parts.add_logits(logits[part])
+    assert torch.equal(whole.count, parts.count)
+    assert whole.count.tolist() == [int((ids == e).sum()) for e in range(4)]
+    torch.testing.assert_close(whole.logit_gram, parts.logit_gram)
+    cosine = torch.nn.functional.cosine_similarity(logits.T[:, None], logits.T[None], dim=-1)
+    torch.testing.assert_close(whole.similarity, (cosine.double() + 1) / 2)
+
+
+def test_a_plan_round_trips_and_tampering_is_noticed(tmp_path: Path) -> None:
+    source = write("mixtral", tmp_path / "source")
+    plan = compress.make_plan(source, method="stun", experts=4)
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert Plan.load(path) == plan
+    path.write_text(path.read_text().replace('"compact"', '"expanded"'))
+    with pytest.raises(ValueError, match="must match its plan_sha256"):
+        Plan.load(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="must be a ferromoe-plan of version 1"):
+        Plan.load(path)
+
+
+def test_a_plan_for_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    plan = compress.make_plan(write("mixtral", tmp_path / "a"), method="stun", experts=4)
+    other = write("olmoe", tmp_path / "b")
+    with pytest.raises(ValueError, match="got one made for another"):
+        compress.apply(other, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_requests_are_refused(tmp_path: Path) -> None:
+    source = write("deepseek_v3", tmp_path / "source")
+    for options, message in (
+        ({"method": "magic", "experts": 4}, "method must be one of m-smoe, stun, got 'magic'"),
+        ({"method": "stun", "experts": 3}, r"experts must lie in 4\.\.8"),
+        ({"method": "stun", "experts": 5}, "experts must be a multiple of the 2 routing groups"),
+        ({"method": "m-smoe", "experts": 8}, "calibrate must name a text for m-smoe"),
+        ({"method": "stun", "experts": 8, "form": "round"}, "form must be one of compact, expand"),
+        ({"method": "stun", "experts": 8, "form": "expanded"}, "form must be compact for stun"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress.make_plan(source, **options)
+    (source / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=r"must be one of deepseek_v3, .*, got 'bert'"):
+        open_checkpoint(source)
+
+
+def test_bits_per_byte_of_a_uniform_model(tmp_path: Path, text: Path) -> None:
+    source = write("mixtral", tmp_path / "source")
+    model = load(source)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(source)
+    found = compress.evaluate(source, text)
+    assert found.bits_per_byte == pytest.approx(8, abs=1e-4)
+    assert found.bytes == len(TEXT)
