@@ -130,8 +130,11 @@ def test_weighted_means(source: Path, tmp_path: Path) -> None:
         assert torch.equal(kept, one)
 
 
-@pytest.mark.parametrize("packing", ["separate", "halves", "interleaved", "transposed"])
-def test_merging_disguised_copies_of_an_expert_gives_it_back(tmp_path: Path, packing: str) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("packing", ["separate", "halves", "interleaved"])
+def test_merging_disguised_copies_of_an_expert_gives_it_back(
+    tmp_path: Path, packing: str, transposed: bool
+) -> None:
     """Expert 1 is expert 0 with its neurons permuted and some linear branches negated."""
     gate, up, down = randn(I, H), randn(I, H, seed=1), randn(H, I, seed=2)
     order, sign = torch.tensor([3, 0, 5, 1, 4, 2]), torch.tensor([1.0, -1, 1, -1, -1, 1])
@@ -140,21 +143,24 @@ def test_merging_disguised_copies_of_an_expert_gives_it_back(tmp_path: Path, pac
     folder = tmp_path / "source"
     folder.mkdir()
     options: dict[str, Any] = {}
+    if transposed:
+        options["transposed"] = True
     if packing == "separate":
-        names = "gud"
-        stored = {f"e.{e}.{p}": t for e in (0, 1) for p, t in zip(names, twins[e], strict=True)}
+        stored = {
+            f"e.{e}.{p}": t.T if transposed else t
+            for e in (0, 1)
+            for p, t in zip("gud", twins[e], strict=True)
+        }
         outputs = merges(1)
     else:
         fused, downs = [], []
         for g, u, d in twins:
             pair = torch.stack([g, u], 1) if packing == "interleaved" else torch.stack([g, u])
             both = pair.reshape(2 * I, H)
-            fused.append(both.T if packing == "transposed" else both)
-            downs.append(d.T if packing == "transposed" else d)
+            fused.append(both.T if transposed else both)
+            downs.append(d.T if transposed else d)
         stored = {"gu": torch.stack(fused), "d": torch.stack(downs)}
-        options = {"packing": "halves" if packing == "transposed" else packing}
-        options |= {"tensors": {"gate_up": "gu", "down": "d"}}
-        options |= {"transposed": packing == "transposed"}
+        options |= {"packing": packing, "tensors": {"gate_up": "gu", "down": "d"}}
         outputs = [
             {"name": name, "op": "merge", "layer": 0, "part": part, "groups": [0]}
             for name, part in (("gu", "gate_up"), ("d", "down"))
