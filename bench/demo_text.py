@@ -53,8 +53,11 @@ def domains(wheels: Path) -> dict[str, Domain]:
 
 
 def download(folder: Path) -> list[Path]:
-    """Fetch the pinned wheels with pip, which checks their hashes; skip what is there."""
+    """Fetch the pinned wheels with pip, which checks their hashes, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
+    found = by_hash(folder)
+    if found.keys() >= set(WHEELS.values()):
+        return [found[digest] for digest in WHEELS.values()]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
         for pin, digest in WHEELS.items():
             requirements.write(f"{pin} --hash=sha256:{digest}\n")
@@ -65,8 +68,13 @@ def download(folder: Path) -> list[Path]:
         pip += ["--platform=manylinux_2_28_x86_64", "--platform=manylinux_2_27_x86_64"]
         pip += ["--require-hashes", f"--requirement={requirements.name}", f"--dest={folder}"]
         subprocess.run(pip, check=True)
-    found = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in folder.glob("*.whl")}
+    found = by_hash(folder)
     return [found[digest] for digest in WHEELS.values()]
+
+
+def by_hash(folder: Path) -> dict[str, Path]:
+    """Return the wheels of a folder by the SHA-256 of their bytes."""
+    return {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in folder.glob("*.whl")}
 
 
 def sources(wheel: zipfile.ZipFile) -> list[str]:

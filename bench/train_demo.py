@@ -99,6 +99,9 @@ def train(found: dict[str, Domain], work: Path) -> tuple[torch.nn.Module, dict[s
     first, checkpoint, seconds = 0, work / "checkpoint.pt", 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        # Going on under another recipe would give a model that training.json does not describe.
+        if state.get("recipe") != RECIPE:
+            raise SystemExit(f"train_demo: {checkpoint} must come from this recipe; delete it")
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         first, seconds = state["step"], state["seconds"]
@@ -128,7 +131,7 @@ def train(found: dict[str, Domain], work: Path) -> tuple[torch.nn.Module, dict[s
             if (step + 1) % CHECKPOINT_STEPS == 0:
                 print(f"step {step + 1}: {told}, {losses['seconds']:.0f} s", flush=True)
                 state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
-                state |= {"step": step + 1, "seconds": losses["seconds"]}
+                state |= {"recipe": RECIPE, "step": step + 1, "seconds": losses["seconds"]}
                 torch.save(state, checkpoint.with_suffix(".tmp"))
                 checkpoint.with_suffix(".tmp").replace(checkpoint)
     return model, losses
