@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints import FAMILIES, fuse, write
 from ferromoe import compress
 from ferromoe.compress import Plan
+from ferromoe.compress.calibrate import calibrate, listening, read_tokens, windows
 from ferromoe.compress.methods import m_smoe, methods, stun
 from ferromoe.compress.stats import LayerStatistics
 from ferromoe.families import open_checkpoint
@@ -171,6 +173,28 @@ def test_statistics_add_up_in_any_order() -> None:
     torch.testing.assert_close(whole.logit_gram, parts.logit_gram)
     cosine = torch.nn.functional.cosine_similarity(logits.T[:, None], logits.T[None], dim=-1)
     torch.testing.assert_close(whole.similarity, (cosine.double() + 1) / 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_statistics_are_those_of_the_whole_model(
+    family: str, tmp_path: Path, text: Path
+) -> None:
+    checkpoint = open_checkpoint(write(family, tmp_path / "source"))
+    streamed = calibrate(checkpoint, text)
+    model = load(checkpoint.folder)
+    whole = [LayerStatistics.zeros(checkpoint.num_experts) for _ in checkpoint.layers]
+    layers = [model.base_model.layers[layer.number] for layer in checkpoint.layers]
+    with ExitStack() as stack:
+        for layer, statistics in zip(layers, whole, strict=True):
+            stack.enter_context(listening(layer, statistics))
+        with torch.no_grad():
+            for batch in windows(read_tokens(checkpoint, TEXT), checkpoint):
+                model(batch, use_cache=False)
+    assert streamed.tokens == len(TEXT)
+    for ours, expected in zip(streamed.layers, whole, strict=True):
+        assert torch.equal(ours.count, expected.count)
+        assert int(ours.count.sum()) == len(TEXT) * checkpoint.top_k
+        torch.testing.assert_close(ours.logit_gram, expected.logit_gram, rtol=1e-4, atol=1e-4)
 
 
 def test_a_plan_round_trips_and_tampering_is_noticed(tmp_path: Path) -> None:

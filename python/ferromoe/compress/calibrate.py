@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ..families import Checkpoint
 from .stats import LayerStatistics, Statistics
+from .stream import Hidden, LayerStream
 
 BATCH = 8
 
@@ -50,59 +53,64 @@ def read_text(path: str | Path, op: str) -> bytes:
     return text
 
 
-def load_model(checkpoint: Checkpoint) -> Any:
-    """Load the model into transformers, ready to be run."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    import ferromoe
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto")
-    ferromoe.enable(model)
-    return model.eval()
-
-
 def calibrate(
     checkpoint: Checkpoint,
     text: str | Path,
     *,
     progress: Callable[[int, int, str], object] = lambda done, total, what: None,
 ) -> Statistics:
-    """Count choices and collect router logits over a text.
+    """Count choices and collect router logits over a text, one decoder layer in memory at a time.
 
-    Ids are taken from the call of the experts and logits from the router, so the routing is the
-    model's own, with its biases and groups. Sums do not depend on batches or their order. The
-    whole model is loaded.
+    The model's own code runs: every batch goes through a decoder layer before the next one is read
+    from the shards, and the hidden states wait in a temporary file. Sums do not depend on batches
+    or their order.
     """
     tokens = read_tokens(checkpoint, read_text(text, "calibrate"))
     batches = windows(tokens, checkpoint)
-    progress(0, len(batches), "loading the model")
-    model = load_model(checkpoint)
-    found = [LayerStatistics.zeros(checkpoint.num_experts) for _ in checkpoint.layers]
-    blocks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if hasattr(getattr(module, "experts", None), "_is_expert_parallel")
-    ]
-    if len(blocks) != len(found):
-        raise ValueError(
-            f"calibrate: the model must have {len(found)} layers with experts, as its checkpoint, "
-            f"got {len(blocks)}"
+    stream = LayerStream(checkpoint)
+    found = {
+        layer.number: LayerStatistics.zeros(checkpoint.num_experts) for layer in checkpoint.layers
+    }
+    last = max(found)
+    if last >= len(stream.layers):
+        raise NotImplementedError(
+            f"calibrate: layer {last} is outside the model's {len(stream.layers)} decoder layers, "
+            "and layers that only predict further tokens are not run; use a method without a text"
         )
+    steps = (last + 1) * len(batches)
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="ferromoe-") as folder:
+        hidden = Hidden(Path(folder) / "hidden", batches, stream)
+        for number in range(last + 1):
+            with stream.loaded(number) as layer, listening(layer, found.get(number)):
+                for index, batch in enumerate(batches):
+                    progress(number * len(batches) + index, steps, f"layer {number}")
+                    x, arguments = stream.arguments(number, batch)
+                    out = layer(hidden[index] if number else x, **arguments)
+                    hidden[index] = out[0] if isinstance(out, tuple) else out
+    progress(steps, steps, "calibration text")
+    return Statistics(list(found.values()), len(tokens))
+
+
+@contextmanager
+def listening(module: Any, statistics: LayerStatistics | None) -> Iterator[None]:
+    """Add up what the routing inside a module says; the routing stays the model's own.
+
+    Ids are taken from the call of the experts and logits from the router, so biases and groups
+    count as the model has them.
+    """
     hooks = []
-    for (_, block), statistics in zip(blocks, found, strict=True):
-        router = getattr(block, "gate", None) or block.router
-        hooks.append(router.register_forward_hook(_logits_into(statistics)))
-        hooks.append(block.experts.register_forward_pre_hook(_ids_into(statistics)))
-    with torch.inference_mode():
-        for number, batch in enumerate(batches):
-            progress(number, len(batches), "calibration text")
-            model(batch, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    progress(len(batches), len(batches), "calibration text")
-    return Statistics(found, len(tokens))
+    for block in module.modules():
+        if statistics is not None and hasattr(
+            getattr(block, "experts", None), "_is_expert_parallel"
+        ):
+            router = getattr(block, "gate", None) or block.router
+            hooks.append(router.register_forward_hook(_logits_into(statistics)))
+            hooks.append(block.experts.register_forward_pre_hook(_ids_into(statistics)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _logits_into(statistics: LayerStatistics) -> Any:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families import open_checkpoint
-from .calibrate import load_model, read_text, read_tokens, windows
+from ..families import Checkpoint, open_checkpoint
+from .calibrate import read_text, read_tokens, windows
+from .stream import quiet
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,18 @@ class Evaluation:
     tokens: int
     bytes: int
     seconds: float
+
+
+def load_model(checkpoint: Checkpoint) -> Any:
+    """Load the whole model into transformers, with our experts."""
+    from transformers import AutoModelForCausalLM
+
+    import ferromoe
+
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto")
+    ferromoe.enable(model)
+    return model.eval()
 
 
 def nats(model: Any, tokens: Tensor) -> float:

@@ -26,9 +26,13 @@ class Weights:
         """Return a whole tensor."""
         return self._shard(name).get_tensor(name)
 
+    def slices(self, name: str) -> Any:
+        """Return a tensor that reads what is sliced from it."""
+        return self._shard(name).get_slice(name)
+
     def part(self, layer: MoeLayer, part: str, expert: int) -> Any:
         """Return one expert's matrix or bias, also out of a tensor that holds all experts."""
         pattern = layer.parts[part]
         if "{e}" in pattern:
             return self.tensor(pattern.replace("{e}", str(expert)))
-        return self._shard(pattern).get_slice(pattern)[expert]
+        return self.slices(pattern)[expert]
