@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import limits, quality, speed
-from .report import COLOURS, Page, bars, new_figure
+from .report import COLOURS, Page, bars, new_figure, short
 from .shapes import SHAPES, Shape
 
 
@@ -30,9 +30,7 @@ def demo(shape: str, output: Path) -> Path:
         tell("logits with stock experts, with ours, and in float64")
         agreement = quality.agreement()
         variants = quality.variants(output, tell)
-        tell("the machine's own limits")
-        machine = limits.measure()
-        timings = speed.measure(SHAPES[shape], machine, progress=tell)
+        timings, machine = speed.measure(SHAPES[shape], progress=tell)
     _print_quality(console, agreement, variants)
     _print_speed(console, SHAPES[shape], timings)
     page = output / "report.html"
@@ -83,20 +81,23 @@ def _speed_title(shape: Shape) -> str:
     return f"Experts of one layer of {shape}, bfloat16, {threads} threads: milliseconds per call"
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
-
-
 def _speed_rows(timings: list[speed.Timing]) -> tuple[list[str], list[list[str]]]:
-    header = ["", "tokens", *speed.IMPLEMENTATIONS, "limit", "limit/ours", "vs eager", "vs grouped"]
-    rows = []
+    """Return a row for each implementation, and the limit: times, and how many times ours."""
+    header = [""]
+    rows = [[way] for way in (*speed.IMPLEMENTATIONS, "limit")]
     for timing in timings:
-        times = [_milliseconds(timing.seconds[way]) for way in speed.IMPLEMENTATIONS]
-        share = f"{timing.limit / timing.seconds['ferromoe']:.2f}"
-        ratios = [f"{timing.ratio(way):.1f}x" for way in ("eager", "grouped_mm")]
-        limit = _milliseconds(timing.limit)
-        rows.append([timing.what, str(timing.tokens), *times, limit, share, *ratios])
+        header += [f"{timing.what}, T = {timing.tokens}", "times ours"]
+        ours = timing.seconds["ferromoe"]
+        for row in rows:
+            seconds = timing.seconds.get(row[0], timing.limit)
+            row += [short(1e3 * seconds), f"{seconds / ours:.2f}"]
     return header, rows
+
+
+def _accuracy(timings: list[speed.Timing]) -> str:
+    worst = {way: max(t.errors[way] for t in timings) for way in speed.IMPLEMENTATIONS}
+    found = ", ".join(f"{way} {error:.1e}" for way, error in worst.items())
+    return f"Relative distance of these results from float64: {found}."
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
@@ -121,6 +122,7 @@ def _print_speed(console: Console, shape: Shape, timings: list[speed.Timing]) ->
     title = _speed_title(shape)
     console.print()
     console.print(_table(title, *_speed_rows(timings)))
+    console.print(_accuracy(timings), highlight=False)
 
 
 def _page(
@@ -166,9 +168,10 @@ def _page(
         labels = [*speed.IMPLEMENTATIONS, "limit"]
         values = [*(timing.seconds[way] for way in speed.IMPLEMENTATIONS), timing.limit]
         bars(axis, labels, [1e3 * value for value in values], "ms")
-        axis.set_title(f"{timing.what}, {timing.tokens} tokens")
+        axis.set_title(f"{timing.what}, T = {timing.tokens}")
     assert set(COLOURS) == {*speed.IMPLEMENTATIONS, "limit"}
     page.figure(figure, "Milliseconds per call, lower is better; medians of interleaved runs.")
+    page.text(_accuracy(timings))
     page.text(
         f"The limit is the larger of two times: the multiply-adds at {machine.bfloat16 / 1e9:.0f} "
         f"GFLOP/s ({machine.by['bfloat16']}), and the bytes of the experts hit at "

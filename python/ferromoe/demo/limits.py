@@ -21,6 +21,15 @@ class Limits:
     by: dict[str, str]
     """What measured each rate."""
 
+    def best(self, other: Limits) -> Limits:
+        """Return the higher of each rate: a busy moment lowers what is measured."""
+        return Limits(
+            max(self.float32, other.float32),
+            max(self.bfloat16, other.bfloat16),
+            max(self.read, other.read),
+            self.by,
+        )
+
     def seconds(self, shape: Shape, tokens: int, experts_hit: float, dtype: str) -> float:
         """Return the least time the experts can take: compute or the weights' bytes."""
         itemsize = 4 if dtype == "float32" else 2
@@ -29,7 +38,7 @@ class Limits:
         return max(shape.flops(tokens) / rate, weight_bytes / self.read)
 
 
-def measure(seconds: float = 0.3) -> Limits:
+def measure(seconds: float = 0.2) -> Limits:
     """Measure the limits, for `seconds` each."""
     rates = {name: (rate, by) for name, rate, by in _core.measure_limits(seconds)}
     return Limits(

@@ -109,13 +109,18 @@ def new_figure(width: float = 7.5, height: float = 3.2, columns: int = 1) -> tup
     return figure, axes
 
 
+def short(value: float) -> str:
+    """Return three digits, without an exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def bars(axis: Any, labels: Sequence[str], values: Sequence[float], unit: str) -> None:
     """Draw horizontal bars with their values at the end, the first on top."""
     colours = [COLOURS.get(label, _GREY) for label in labels]
     drawn = axis.barh(range(len(labels)), values, color=colours, height=0.62)
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
-    axis.bar_label(drawn, labels=[f" {value:.3g} {unit}" for value in values], color=_GREY)
+    axis.bar_label(drawn, labels=[f" {short(value)} {unit}" for value in values], color=_GREY)
     axis.set_xlim(0, max(values) * 1.28)
     axis.set_xticks([])
     axis.spines["bottom"].set_visible(False)

@@ -10,6 +10,7 @@ import torch
 
 from .layer import draw_batch, experts_hit, experts_module, run
 from .limits import Limits
+from .limits import measure as measure_limits
 from .shapes import Shape
 from .timing import interleaved
 
@@ -24,7 +25,9 @@ class Timing:
     what: str
     tokens: int
     seconds: dict[str, float]
-    limit: float
+    experts_hit: float
+    """Experts that a batch reads, on average."""
+    limit: float = 0.0
     """The least time the machine's measured rates allow."""
     errors: dict[str, float] = field(default_factory=dict)
     """Relative distance of each implementation's result from float64."""
@@ -36,15 +39,15 @@ class Timing:
 
 def measure(
     shape: Shape,
-    limits: Limits,
     *,
     dtype: torch.dtype = torch.bfloat16,
     tokens: dict[str, int] | None = None,
     budget_seconds: float = 8.0,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[Timing]:
-    """Time decode and prefill, all implementations in turns."""
+) -> tuple[list[Timing], Limits]:
+    """Time decode and prefill, all implementations in turns, and the machine's limits between."""
     name = str(dtype).removeprefix("torch.")
+    machine = measure_limits()
     with torch.inference_mode():
         progress(f"{shape}: {shape.num_experts} random experts, {name}")
         module = experts_module(shape, dtype)
@@ -59,10 +62,12 @@ def measure(
             ways = {way: _calls(module, way, batches) for way in IMPLEMENTATIONS}
             seconds = interleaved(ways, budget_seconds=budget_seconds)
             hit = sum(experts_hit(ids) for _, ids, _ in batches) / len(batches)
-            timing = Timing(what, count, seconds, limits.seconds(shape, count, hit, name))
-            timing.errors = _errors(module, batches[0])
-            timings.append(timing)
-    return timings
+            errors = _errors(module, batches[0])
+            timings.append(Timing(what, count, seconds, hit, errors=errors))
+            machine = machine.best(measure_limits())
+    for timing in timings:
+        timing.limit = machine.seconds(shape, timing.tokens, timing.experts_hit, name)
+    return timings, machine
 
 
 def _calls(module: Any, way: str, batches: list[Batch]) -> Callable[[int], Any]:
