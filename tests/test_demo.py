@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_the_demo_writes_one_page_with_the_four_answers(
         for question in ("Same answers?", "How much faster?", "How much smaller?", "cost?"):
             assert question in text
         assert "<svg" in text
-        assert "http://" not in text.replace("http://www.w3.org", "")
+        assert not re.search(r"<(script|link|img)|(src|href)=.http", text)  # self-contained
     shown = capsys.readouterr().out
     assert "agree" in shown
     assert "m-smoe" in shown

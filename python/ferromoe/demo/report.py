@@ -65,7 +65,7 @@ class Page:
     def figure(self, figure: Any, caption: str) -> None:
         """Add a matplotlib figure as inline SVG."""
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight")
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         svg = buffer.getvalue()
         svg = svg[svg.index("<svg") :]
         note = f"<figcaption>{html.escape(caption)}</figcaption>"
