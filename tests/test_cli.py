@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,21 @@ def test_from_a_checkpoint_to_a_smaller_one(model: Path, tmp_path: Path) -> None
     measured = ferromoe("eval", tmp_path / "out", "--text", text)
     assert measured.returncode == 0, measured.stderr
     assert "bits per byte" in measured.stdout
+
+
+def test_ctrl_c_exits_with_130(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(256)) * 4000)
+    command = [sys.executable, "-m", "ferromoe", "eval", str(model), "--text", str(text)]
+    command += ["--progress", "json"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    child.stderr.readline()  # the job has begun
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "stopped" in said
+    assert "Traceback" not in said
 
 
 def test_info_is_a_table_for_bug_reports() -> None:

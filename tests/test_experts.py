@@ -255,3 +255,46 @@ def test_offsets_that_do_not_fit_are_refused() -> None:
     offsets = torch.tensor([0, 2, 1, 3, 4, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match="grouped_matmul: expert_offsets must"):
         ferromoe.grouped_matmul(torch.zeros(5, H), weights.gate_up, offsets)
+
+
+def test_weights_made_inside_a_compiled_function() -> None:
+    x, weights, ids, share = make()
+
+    def run(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return ferromoe.experts(x, ExpertWeights(gate_up, down), ids, share)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    expected = run(x, weights.gate_up, weights.down)
+    assert torch.equal(compiled(x, weights.gate_up, weights.down), expected)
+
+
+# torch's own forward mode still compiles its formulas with TorchScript.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_forward_mode_and_function_transforms_are_right() -> None:
+    x, weights, ids, share = make(torch.float64)
+
+    def run(x: Tensor) -> Tensor:
+        return ferromoe.experts(x, weights, ids, share)
+
+    _, tangent = torch.func.jvp(run, (x,), (x,))
+    step = 1e-6
+    slope = (run(x + step * x) - run(x - step * x)) / (2 * step)
+    torch.testing.assert_close(tangent, slope, rtol=1e-6, atol=1e-6)
+    leaf = x.clone().requires_grad_()
+    run(leaf).sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda x: run(x).sum())(x), leaf.grad)
+
+
+def test_ids_outside_are_refused_by_the_reference_too() -> None:
+    x, weights, ids, share = make()
+    with (
+        ferromoe.use_backend("reference"),
+        pytest.raises(ValueError, match=r"topk_ids must lie in -1\.\.4, got"),
+    ):
+        ferromoe.experts(x, weights, ids + E, share)
+
+
+def test_a_router_for_other_experts_is_refused() -> None:
+    x, weights, _, _ = make()
+    with pytest.raises(ValueError, match=r"router_weight must have shape \[5, 20\], got \[3, 20\]"):
+        ferromoe.moe(x, torch.zeros(3, H), weights, top_k=2)

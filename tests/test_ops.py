@@ -132,13 +132,12 @@ def test_expanded_gradients_are_accepted(case: Case) -> None:
 
 
 @every_differentiable_case
-def test_a_second_backward_is_refused_or_right(case: Case) -> None:
+def test_a_second_backward_is_refused(case: Case) -> None:
     values, rest = draw(case, MEDIUM, torch.float64)
     values = leaves([value.double() for value in values])
     out = next(r for r in tensors(case.call(*values, **rest)) if r.is_floating_point())
-    grads = torch.autograd.grad(out.square().sum(), values, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|must not be differentiated"):
-        sum(grad.square().sum() for grad in grads).backward()
+    with pytest.raises(RuntimeError, match="must not be differentiated twice"):
+        torch.autograd.grad(out.sum(), values, create_graph=True)
 
 
 @every_case

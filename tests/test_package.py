@@ -35,6 +35,7 @@ def interpreters() -> list[str]:
     """Every CPython of this machine that the stable ABI promises to serve."""
     found = [shutil.which(f"python3.{minor}") for minor in range(10, 16)]
     found += glob.glob(os.path.expanduser("~/.pyenv/versions/3.1[0-9].*/bin/python"))
+    found.append(sys.executable)
     return sorted({os.path.realpath(path) for path in found if path and "shims" not in path})
 
 

@@ -66,9 +66,11 @@ def route_of(args: Sequence[Any]) -> str:
     if route == "arrays":
         return route
     if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
     ):
+        return "torch"  # function transforms and tangents need every step to be PyTorch's own
+    if torch._C._len_torch_dispatch_stack():
         return "dispatcher"
     if route == "direct" and backend == "reference":
         return "torch"
@@ -193,9 +195,14 @@ class _Function(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         operator, layout = ctx.ferromoe_call
+        if torch.is_grad_enabled():
+            # The gradient would come out as a constant, and what is made of it silently wrong.
+            raise RuntimeError(
+                f"{operator.name}: must not be differentiated twice, got create_graph=True; inside "
+                "ferromoe.use_backend('reference') it can be"
+            )
         needs = _gather(layout, ctx.needs_input_grad[2:])
         flat: list[Any] = [None, None]
         for n, grad in zip(layout, _gradients(ctx, operator, grads, needs), strict=True):

@@ -13,6 +13,7 @@ from typing import Annotated
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError as _error:
     sys.exit(f"ferromoe: the command line needs {_error.name}; pip install 'ferromoe[cli]'")
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+INTERRUPTED = 130
 Model = Annotated[Path, typer.Argument(help="A transformers checkpoint folder.")]
 Progress = Annotated[str, typer.Option(help="How to tell progress on stderr: bar or json.")]
 
@@ -31,14 +33,17 @@ Progress = Annotated[str, typer.Option(help="How to tell progress on stderr: bar
 def main() -> None:
     """Run the command line, with one sentence in place of a traceback."""
     try:
-        app(standalone_mode=False)
+        # An interrupted command comes back as a status, or as an exception from outside it.
+        status = app(standalone_mode=False) or 0
     except typer.Exit as done:
-        sys.exit(done.exit_code)
+        status = done.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        _fail("stopped; the same command goes on where it was", 130)
+        status = INTERRUPTED
     except Exception as error:
         if hasattr(error, "format_message"):  # of click: an argument it could not read
-            _fail(f"{error.format_message()} (ferromoe --help lists the commands)", 2)
+            if error.format_message():
+                _fail(f"{error.format_message()} (ferromoe --help lists the commands)", 2)
+            sys.exit(2)  # nothing was asked for, and the help is on the screen
         if isinstance(error, ModuleNotFoundError):
             _fail(f"this command needs {error.name}; pip install 'ferromoe[demo]'", 1)
         if isinstance(error, (ValueError, TypeError, NotImplementedError)):
@@ -46,20 +51,24 @@ def main() -> None:
         if isinstance(error, (OSError, RuntimeError)):
             _fail(str(error), 1)
         raise
+    if status == INTERRUPTED:
+        _fail("stopped; an apply goes on where it was when it is called again", INTERRUPTED)
+    sys.exit(status)
 
 
 def _fail(sentence: str, status: int) -> None:
-    Console(stderr=True, highlight=False).print(f"[red]error:[/red] {sentence}", soft_wrap=True)
+    console = Console(stderr=True, highlight=False)
+    console.print(f"[red]error:[/red] {escape(sentence)}", soft_wrap=True)
     sys.exit(status)
 
 
 def _table(title: str | None, header: list[str], rows: list[list[str]]) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title and escape(title), title_justify="left")
     for index, name in enumerate(header):
         numbers = index > 0 and all(row[index][:1].isdigit() for row in rows)
         table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print(table)
 
 
@@ -111,11 +120,8 @@ def inspect(model: Model) -> None:
         for m in methods().values()
     ])  # fmt: skip
     half = max(found.top_k, found.num_experts // 2)
-    Console().print(
-        f"Next: ferromoe plan {model} --method stun --experts {half} --output plan.json",
-        highlight=False,
-        soft_wrap=True,
-    )
+    command = f"ferromoe plan {model} --method stun --experts {half} --output plan.json"
+    Console(highlight=False).print(f"Next: {escape(command)}", soft_wrap=True)
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -173,7 +179,7 @@ def plan(
     )
     if output is not None and not dry_run:
         made.save(output)
-        console.print(f"Next: ferromoe apply {model} {output} --output OUT", soft_wrap=True)
+        console.print(escape(f"Next: ferromoe apply {model} {output} --output OUT"), soft_wrap=True)
 
 
 @app.command()
@@ -194,7 +200,7 @@ def apply(
         [name, _size(count), digest[:16] + "..."] for name, count, digest in report["shards"]
     ])  # fmt: skip
     Console(highlight=False).print(
-        f"Next: ferromoe eval {output} --text FILE, and the same with {model}, to see what it cost",
+        escape(f"Next: ferromoe eval {output} --text FILE, and the same with {model}"),
         soft_wrap=True,
     )
 

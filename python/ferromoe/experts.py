@@ -253,6 +253,8 @@ def experts(
     >>> ferromoe.experts(torch.tensor([[3.0]]), weights, ids, share)
     tensor([[16.5000]])
     """
+    if not isinstance(weights, ExpertWeights):
+        raise TypeError(f"experts: weights must be ExpertWeights, got {type(weights).__name__}")
     dtype = weights.dtype
     if x.dtype != dtype:
         if str(x.dtype).endswith("float32") and str(dtype) in ("torch.bfloat16", "torch.float16"):
@@ -356,6 +358,11 @@ def moe(
     >>> ferromoe.moe(torch.zeros(2, 7, 5), torch.ones(4, 5), weights, top_k=2).shape
     torch.Size([2, 7, 5])
     """
+    if tuple(router_weight.shape) != (weights.num_experts, x.shape[-1]):
+        raise ValueError(
+            f"moe: router_weight must have shape [{weights.num_experts}, {x.shape[-1]}], got "
+            f"{list(router_weight.shape)}"
+        )
     tokens = x.reshape(-1, x.shape[-1])
     logits = _widened(tokens) @ _widened(router_weight).T
     routing = route(logits, top_k=top_k, **route_options)

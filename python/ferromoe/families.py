@@ -76,10 +76,16 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the config and every tensor's name, dtype and shape."""
+        """SHA-256 over the config, every tensor's name, dtype and shape, and the routers' bytes."""
         facts = sorted((t.name, t.dtype, list(t.shape)) for t in self.tensors.values())
-        text = json.dumps([self.config, facts], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([self.config, facts], sort_keys=True).encode())
+        for layer in self.layers:
+            router = self.tensors[layer.router]
+            shard = router.shard if self.folder.is_dir() else ""
+            with open(self.folder / shard, "rb") as file:
+                file.seek(router.begin)
+                digest.update(file.read(router.end - router.begin))
+        return digest.hexdigest()
 
     def nbytes(self, names: set[str] | None = None) -> int:
         """Bytes of all tensors, or of those named."""
@@ -133,7 +139,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise ValueError(
             f"checkpoint: config.json of {folder} must be JSON, got {error}"
         ) from error
-    settings = _settings(config)
+    settings = _settings(config) if isinstance(config, dict) else None
+    if not isinstance(settings, dict):
+        raise ValueError(f"checkpoint: config.json of {folder} must be an object, got {config!r}")
     family = settings.get("model_type")
     if family not in families():
         raise ValueError(
@@ -145,6 +153,11 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not counts or record["top_k_key"] not in settings:
         wanted = [*record["count_keys"], record["top_k_key"]]
         raise ValueError(f"checkpoint: config.json of {folder} must have {wanted}, got neither")
+    for key in (*record["count_keys"], record["top_k_key"]):
+        if not isinstance(settings.get(key, 1), int):
+            raise ValueError(
+                f"checkpoint: {key} of {folder} must be a whole number, got {settings[key]!r}"
+            )
     layout, layers = _layers(folder, record, tensors, counts[0])
     return Checkpoint(
         folder=folder,

@@ -18,10 +18,6 @@ class Routing(NamedTuple):
     """float32 [T, K] (or the dtype asked for)."""
     topk_ids: Any
     """int32 [T, K]; -1 where a slot chose no expert."""
-    expert_counts: Any = None
-    """int32 [E], rows each expert gets; only where statistics were asked for."""
-    prob_sums: Any = None
-    """float32 [E], sum over tokens of the full probabilities; likewise."""
 
 
 class Dispatch(NamedTuple):
@@ -85,7 +81,10 @@ class Activation:
         return self.name if self.limit is None else f"{self.name} up to {self.limit:g}"
 
 
-@dataclass(frozen=True)
+_BY_NAME = {name: Activation(name) for name in ACTIVATIONS}
+
+
+@dataclass(frozen=True, eq=False)  # comparing tensors gives tensors
 class ExpertWeights:
     """The weights of a layer's experts, as they lie in memory.
 
@@ -108,7 +107,7 @@ class ExpertWeights:
         tensors, or no gate at all.
     transposed : bool
         Matrices are stored [in, out] and applied as ``x @ w[e]``.
-    activation : Activation
+    activation : Activation or str
         What stands between the two matmuls.
 
     Examples
@@ -126,9 +125,13 @@ class ExpertWeights:
     down_bias: Any = None
     packing: str = "halves"
     transposed: bool = False
-    activation: Activation = Activation()
+    activation: Any = "silu"
 
     def __post_init__(self) -> None:
+        if isinstance(self.activation, str):
+            # Made in advance: dynamo traces the look-up, and not the making.
+            made = _BY_NAME.get(self.activation) or Activation(self.activation)
+            object.__setattr__(self, "activation", made)
         if self.packing not in PACKINGS:
             names = ", ".join(PACKINGS)
             raise ValueError(f"ExpertWeights: packing must be one of {names}, got {self.packing!r}")

@@ -41,10 +41,16 @@ def load_model(checkpoint: Checkpoint) -> Any:
 
 def nats(model: Any, tokens: Tensor) -> float:
     """Return the total surprise of sequences [N, L] in nats, without each one's first token."""
-    with torch.inference_mode():
-        logits = model(tokens, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    wanted = tokens[:, 1:].flatten()
-    return float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+    vocabulary = model.config.get_text_config().vocab_size
+    # A gigabyte of float32 logits at a time, or one sequence.
+    rows = max(1, (1 << 28) // (tokens.shape[1] * vocabulary))
+    total = 0.0
+    for part in tokens.split(rows):
+        with torch.inference_mode():
+            logits = model(part, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        wanted = part[:, 1:].flatten()
+        total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+    return total
 
 
 def evaluate(

@@ -57,7 +57,3 @@ class Statistics:
 
     layers: list[LayerStatistics]
     tokens: int
-
-    def unreliable(self, least: int = 32) -> int:
-        """Return how many experts saw fewer than `least` tokens."""
-        return sum(int((layer.count < least).sum()) for layer in self.layers)

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import limits, quality, speed
 from .report import COLOURS, Page, bars, new_figure, short
 from .shapes import SHAPES, Shape
+
+# Says that a folder, and what a second run removes from it, is a demo's own.
+MARKER = ".ferromoe-demo"
 
 
 def demo(shape: str, output: Path) -> Path:
@@ -36,7 +40,9 @@ def demo(shape: str, output: Path) -> Path:
     page = output / "report.html"
     seconds = time.perf_counter() - start
     page.write_text(_page(agreement, variants, SHAPES[shape], timings, machine, seconds).html())
-    console.print(f"Took {seconds:.0f} s. The page with the plots: [bold]{page}[/bold]")
+    console.print(
+        f"Took {seconds:.0f} s. The page with the plots: [bold]{escape(str(page))}[/bold]"
+    )
     console.print(
         "Next: [bold]ferromoe inspect MODEL[/bold] on a checkpoint of your own, or "
         "[bold]ferromoe.enable(model)[/bold] in your code."
@@ -46,7 +52,9 @@ def demo(shape: str, output: Path) -> Path:
 
 def _clear(output: Path) -> None:
     """Remove what an earlier demo left, and nothing else."""
-    marker = output / "calibration.txt"
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"demo: output must be a folder, got the file {output}")
+    marker = output / MARKER
     if output.exists() and any(output.iterdir()) and not marker.exists():
         raise FileExistsError(
             f"demo: output must be a new folder or one of an earlier demo, got {output}"
@@ -54,6 +62,7 @@ def _clear(output: Path) -> None:
     for name in ("stun", "m-smoe"):
         shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
+    marker.touch()
 
 
 def _same(agreement: quality.Agreement) -> str:

@@ -247,7 +247,8 @@ def disable(model: Any) -> None:
         A model that `enable` was called on; any other is left as it is.
     """
     before = model.__dict__.pop(_BEFORE, None)
-    if before is not None:
+    # Somebody who switched in between wanted something else.
+    if before is not None and NAME in model.get_experts_implementation().values():
         model.set_experts_implementation(before)
     for module in model.modules():
         module.__dict__.pop(_GATE, None)

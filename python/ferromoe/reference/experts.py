@@ -73,6 +73,12 @@ def experts(
     tied = [x, topk_weights, *gate_up, *up, *down, *gate_up_bias, *up_bias, *down_bias]
     out = x.new_zeros(len(x), first_down.shape[1 if transposed else 0], dtype=wide)
     out = out + sum(tensor.flatten()[:0].sum().to(wide) for tensor in tied)
+    last = count(gate_up) - 1
+    if (wrong := (topk_ids < -1) | ((topk_ids > last) & (topk_ids != sentinel))).any():
+        raise ValueError(
+            f"experts: topk_ids must lie in -1..{last}, got {int(topk_ids[wrong][0])} at slot "
+            f"{int(wrong.flatten().nonzero()[0])}"
+        )
     for expert in range(count(gate_up)):
         token, slot = (topk_ids == expert).nonzero(as_tuple=True)
         if expert == sentinel or len(token) == 0:
