@@ -266,6 +266,58 @@ def test_autocast_computes_in_the_weights_dtype() -> None:
         assert model(tokens).logits.isfinite().all()
 
 
+@every_family
+def test_float32_models_train_under_autocast(family: str) -> None:
+    model, tokens = make(family), draw_tokens()
+    losses, gradients = {}, {}
+    for name in ("grouped_mm", "ferromoe"):
+        model.set_experts_implementation(name)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        module = next(m for m in model.modules() if hasattr(m, "_is_expert_parallel"))
+        losses[name], gradients[name] = loss.detach(), module.down_proj.grad.clone()
+    torch.testing.assert_close(losses["ferromoe"], losses["grouped_mm"], rtol=1e-2, atol=0)
+    difference = (gradients["ferromoe"] - gradients["grouped_mm"]).norm()
+    assert difference < 0.05 * gradients["grouped_mm"].norm()
+
+
+def test_rows_narrower_than_the_weights_are_cast_as_stock_implementations_do() -> None:
+    # The latent projection before these experts is a Linear, whose output autocast narrows.
+    model, tokens = make("nemotron_h", moe_latent_size=16), draw_tokens()
+    ferromoe.enable(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, labels=tokens).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_training_in_one_graph_gives_the_same_gradients() -> None:
+    # gpt_oss without a first eager call: its gate is a call back into Python then.
+    model, tokens = make("gpt_oss").train(), draw_tokens()
+    ours = copy.deepcopy(model)
+    model.set_experts_implementation("eager")
+    ours.set_experts_implementation("ferromoe")
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    for each in (model, compiled):
+        each(tokens, labels=tokens, use_cache=False).loss.backward()
+    for (name, parameter), mine in zip(model.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, parameter.grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_changed_limit_is_noticed() -> None:
+    module = next(m for m in make("gpt_oss").modules() if hasattr(m, "_is_expert_parallel"))
+    assert ExpertWeights.of(module).activation.limit == 7
+    module.limit = 1.5
+    assert ExpertWeights.of(module).activation.limit == 1.5
+
+
+def test_a_model_on_the_meta_device_is_recognised() -> None:
+    with torch.device("meta"):
+        report = ferromoe.enable(make("gpt_oss"))
+        assert [gate for _, gate, *_ in report.reached] == ["oss up to 7"] * 2
+
+
 def test_what_is_no_transformers_model_is_refused() -> None:
     with pytest.raises(TypeError, match="enable: model must be a transformers model, got Linear"):
         ferromoe.enable(torch.nn.Linear(2, 2))

@@ -59,25 +59,32 @@ def ferromoe_experts(
     self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Run an experts module; transformers calls this in place of its own implementations."""
+    weights = expert_weights(self)
+    # Under autocast tokens, shares and weights come in dtypes of their own, where transformers'
+    # implementations cast; `experts` by itself refuses mixtures that lose something unasked.
+    if top_k_weights.dtype not in (torch.float32, weights.dtype):
+        top_k_weights = top_k_weights.float()
     out: Tensor = experts(
-        hidden_states,
-        expert_weights(self),
+        hidden_states.to(weights.dtype),
+        weights,
         top_k_index,
         top_k_weights,
         sentinel=self.num_experts,
         row_norm=self.post_expert_norm if self.has_post_expert_norm else None,
     )
-    return out
+    return out.to(hidden_states.dtype)
 
 
 def _gate_of(module: Any) -> tuple[Activation, str]:
     """Return what stands between a module's matmuls, and how gate and up are packed."""
     act = getattr(module, "act_fn", None)
+    numbers = _number(module, "limit"), _number(module, "alpha")
     known = module.__dict__.get(_GATE)
-    if known is not None and known[0] is act and known[1] is module.config:
-        return known[2], known[3]
-    if torch.compiler.is_compiling():
-        # A probe would compare values, which stops the trace: go by the class, or call back.
+    if known is not None and known[0] is act and known[1] is module.config and known[2] == numbers:
+        return known[3], known[4]
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        # A probe would compare values, which no trace and no fake tensor can: go by the class, or
+        # call back.
         plain = not module.has_gate or type(module)._apply_gate is _default_apply_gate
         name = _BY_CLASS.get(type(act).__name__) if plain else None
         packing = "halves" if module.has_gate else "ungated"
@@ -85,7 +92,7 @@ def _gate_of(module: Any) -> tuple[Activation, str]:
             return Activation(name), packing
         return Activation(function=module._apply_gate if module.has_gate else act), packing
     activation, packing = recognise(module)
-    module.__dict__[_GATE] = (act, module.config, activation, packing)
+    module.__dict__[_GATE] = (act, module.config, numbers, activation, packing)
     return activation, packing
 
 
@@ -96,9 +103,11 @@ def recognise(module: Any) -> tuple[Activation, str]:
     Class names would not do: subclasses, adapters and new families change them. The vector reaches
     beyond any clamp. A gate that is none of ours becomes a call back into Python.
     """
-    far = torch.tensor([40.0, -40.0, 1e3, -1e3, 40.0])
-    gate = torch.cat([torch.linspace(-12, 12, 97), far])
-    up = torch.cat([torch.linspace(9, -9, 97).roll(13), far.flip(0)])
+    # Whatever the default dtype and device: models are also built on the meta device.
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    far = torch.tensor([40.0, -40.0, 1e3, -1e3, 40.0], **plain)
+    gate = torch.cat([torch.linspace(-12, 12, 97, **plain), far])
+    up = torch.cat([torch.linspace(9, -9, 97, **plain).roll(13), far.flip(0)])
     limit, alpha = _number(module, "limit"), _number(module, "alpha")
     if not module.has_gate:
         found = module.act_fn(gate)
@@ -121,7 +130,7 @@ def recognise(module: Any) -> tuple[Activation, str]:
 
 def _number(module: Any, name: str) -> float | None:
     for candidate in (name, f"swiglu_{name}"):
-        value = getattr(module, candidate, None)
+        value = module.__dict__.get(candidate, getattr(type(module), candidate, None))
         if isinstance(value, (int, float)):
             return float(value)
     return None
