@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -150,6 +153,59 @@ def test_numpy_experts() -> None:
     np.testing.assert_array_equal(out, ferromoe.experts(x, weights, ids, share).numpy())
 
 
+@pytest.mark.parametrize("packing", ["halves", "separate"])
+@pytest.mark.parametrize("on_input", [False, True])
+def test_numpy_experts_by_parts(packing: str, on_input: bool) -> None:
+    x, weights, ids, share = make()
+    gate_up, up = weights.gate_up, None
+    if packing == "separate":
+        gate_up, up = (half.contiguous() for half in weights.gate_up.chunk(2, dim=1))
+    tensors = ExpertWeights(gate_up, weights.down, up=up, packing=packing)
+    arrays = ExpertWeights(
+        gate_up.numpy(),
+        weights.down.numpy(),
+        up=None if up is None else up.numpy(),
+        packing=packing,
+    )
+    out = ferromoe.experts(
+        x.numpy(), arrays, ids.numpy(), share.numpy(), weight_on_input=on_input, row_norm=abs
+    )
+    expected = ferromoe.experts(x, tensors, ids, share, weight_on_input=on_input, row_norm=abs)
+    np.testing.assert_array_equal(out, expected.numpy())
+
+
+def test_a_numpy_function_gets_gate_and_up() -> None:
+    x, weights, ids, share = make()
+    gate, up = (half.contiguous() for half in weights.gate_up.chunk(2, dim=1))
+    relu = Activation(function=lambda rows: np.maximum(rows[:, :I], 0) * rows[:, I:])
+    arrays = ExpertWeights(
+        gate.numpy(), weights.down.numpy(), up=up.numpy(), packing="separate", activation=relu
+    )
+    out = ferromoe.experts(x.numpy(), arrays, ids.numpy(), share.numpy())
+    named = ExpertWeights(weights.gate_up, weights.down, activation=Activation("relu"))
+    np.testing.assert_allclose(out, ferromoe.experts(x, named, ids, share).numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("function", [None, lambda rows: rows[:, :I].tanh()])
+def test_no_token_keeps_the_gradients_connected(function: Callable[[Tensor], Tensor]) -> None:
+    x, weights, ids, share = make()
+    leaves = [x[:0].requires_grad_(), weights.gate_up.requires_grad_(), share[:0].requires_grad_()]
+    made = ExpertWeights(leaves[1], weights.down, activation=Activation(function=function))
+    out = ferromoe.experts(leaves[0], made, ids[:0], leaves[2])
+    out.sum().backward()
+    assert out.shape == (0, H)
+    assert all(leaf.grad is not None and not leaf.grad.any() for leaf in leaves)
+
+
+def test_experts_of_different_width_refuse_python_between_their_products() -> None:
+    x, _, ids, share = make()
+    table = ExpertWeights(
+        [torch.zeros(2 * (e + 1), H) for e in range(E)], [torch.zeros(H, e + 1) for e in range(E)]
+    )
+    with pytest.raises(NotImplementedError, match="experts of one width, got widths 1 to 5"):
+        ferromoe.experts(x, table, ids, share, row_norm=lambda rows: rows)
+
+
 def test_moe_is_route_then_experts() -> None:
     x, weights, _, _ = make()
     router = torch.randn(E, H, generator=torch.Generator().manual_seed(2))
@@ -175,6 +231,26 @@ def test_the_module_learns() -> None:
     assert all(p.grad is not None for p in layer.parameters())
 
 
+def test_the_router_stays_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    layer, x = ferromoe.nn.MoE(H, I, E, K), torch.randn(T, H)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), expected)
+        narrow = layer(x.bfloat16())
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow, layer(x.bfloat16().float()).bfloat16())
+
+
+def test_a_copied_module_is_its_own() -> None:
+    layer = ferromoe.nn.MoE(H, I, E, K)
+    twin, x = copy.deepcopy(layer), torch.randn(T, H)
+    before = twin(x)
+    torch.nn.init.zeros_(layer.down_proj)
+    assert torch.equal(twin(x), before)
+    assert not layer(x).any()
+
+
 def test_the_module_round_trips_through_its_state() -> None:
     layer = ferromoe.nn.MoE(H, I, E, K, gated=False, activation="relu")
     twin = ferromoe.nn.MoE(H, I, E, K, gated=False, activation="relu")
@@ -182,6 +258,15 @@ def test_the_module_round_trips_through_its_state() -> None:
     x = torch.randn(2, 3, H)
     assert torch.equal(layer(x), twin(x))
     assert ExpertWeights.of(layer).num_experts == E
+
+
+def test_a_parameter_list_is_a_table() -> None:
+    x, weights, ids, share = make()
+    lists = [torch.nn.ParameterList(list(w)) for w in (weights.gate_up, weights.down)]
+    out = ferromoe.experts(x, ExpertWeights(*lists), ids, share)
+    assert torch.equal(out, ferromoe.experts(x, ExpertWeights(*map(list, lists)), ids, share))
+    assert ExpertWeights(*lists).hidden == weights.hidden == H
+    assert weights != make()[1]
 
 
 def test_separate_linear_modules_need_no_copy() -> None:
@@ -248,6 +333,12 @@ def test_weights_that_do_not_fit_together_are_refused(
     made = {"gate_up": torch.zeros(E, 2 * I, H), "down": torch.zeros(E, H, I)} | fields
     with pytest.raises(ValueError, match=message):
         ExpertWeights(**made)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [], "gate", [3, 4]])
+def test_weights_of_a_wrong_class_are_refused(wrong: object) -> None:
+    with pytest.raises(TypeError, match="ExpertWeights: gate_up must be a tensor, or a sequence"):
+        ExpertWeights(wrong, torch.zeros(E, H, I))
 
 
 def test_offsets_that_do_not_fit_are_refused() -> None:

@@ -243,6 +243,8 @@ def experts(
         If `topk_ids` are not integers (ids come before weights), or dtypes do not fit.
     ValueError
         If shapes do not fit, or an id is neither an expert, -1 nor the sentinel.
+    NotImplementedError
+        If experts of different width meet a Python activation or `row_norm`.
 
     Examples
     --------
@@ -287,12 +289,18 @@ def _by_parts(
     row_norm: Callable[[Any], Any] | None,
 ) -> Any:
     """Two grouped matmuls with Python between them, on the sorted rows."""
+    widths = {matrix.shape[0 if weights.transposed else 1] for matrix in as_list(weights.down)}
+    if isinstance(weights.down, list) and len(widths) > 1:
+        raise NotImplementedError(
+            "experts: a Python activation or row_norm must go with experts of one width, got "
+            f"widths {min(widths)} to {max(widths)}"
+        )
     plan = dispatch(topk_ids, num_experts=weights.num_experts, sentinel=sentinel)
     rows = permute(x, plan)
     if weight_on_input:
         # A plan of T * K tokens with one slot each puts the weights into the rows' order.
         slots = plan._replace(row_of_slot=plan.row_of_slot.reshape(-1, 1))
-        rows = rows * permute(topk_weights.to(x.dtype).reshape(-1, 1), slots)
+        rows = _cast(rows * permute(topk_weights.reshape(-1, 1), slots), x.dtype)
         topk_weights = None
     w = weights
     first: dict[str, Any] = {"transposed": w.transposed}
@@ -306,13 +314,16 @@ def _by_parts(
 
 
 def _activated(hidden: Any, up: Any, weights: ExpertWeights) -> Any:
+    function = weights.activation.function
+    if function is not None:
+        return function(hidden if up is None else _joined(hidden, up))
     import torch
 
     from .reference.experts import activate
 
-    function = weights.activation.function
-    if function is not None:
-        return function(hidden if up is None else torch.cat([hidden, up], dim=-1))
+    if not _is_torch(hidden):
+        up = None if up is None else torch.from_numpy(up)
+        return _activated(torch.from_numpy(hidden), up, weights).numpy()
     gate = hidden
     if weights.packing == "halves":
         gate, up = hidden.chunk(2, dim=-1)
@@ -322,11 +333,48 @@ def _activated(hidden: Any, up: Any, weights: ExpertWeights) -> Any:
     return activate(gate, up, name, limit, alpha)
 
 
+def _joined(gate: Any, up: Any) -> Any:
+    if _is_torch(gate):
+        import torch
+
+        return torch.cat([gate, up], dim=-1)
+    import numpy
+
+    return numpy.concatenate([gate, up], axis=-1)
+
+
+def _is_torch(array: Any) -> bool:
+    return hasattr(array, "requires_grad")
+
+
+def _cast(array: Any, dtype: Any) -> Any:
+    return array.to(dtype) if _is_torch(array) else array.astype(dtype, copy=False)
+
+
 def _widened(array: Any) -> Any:
     """Return at least float32: rounding the logits to bfloat16 would make ties."""
     if array.dtype.itemsize >= 4:
         return array
     return array.float() if hasattr(array, "float") else array.astype("float32")
+
+
+def _logits(tokens: Any, router_weight: Any) -> Any:
+    tokens, router_weight = _widened(tokens), _widened(router_weight)
+    if _is_torch(tokens):
+        import torch
+
+        if under_autocast(tokens):
+            with torch.autocast(tokens.device.type, enabled=False):  # it would narrow the product
+                return tokens @ router_weight.T
+    return tokens @ router_weight.T
+
+
+def under_autocast(tensor: Any) -> bool:
+    """Whether autocast is on for the device of a tensor."""
+    import torch
+
+    # The meta device has none, and asking for it is an error.
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def moe(
@@ -364,7 +412,6 @@ def moe(
             f"{list(router_weight.shape)}"
         )
     tokens = x.reshape(-1, x.shape[-1])
-    logits = _widened(tokens) @ _widened(router_weight).T
-    routing = route(logits, top_k=top_k, **route_options)
+    routing = route(_logits(tokens, router_weight), top_k=top_k, **route_options)
     out = experts(tokens, weights, routing.topk_ids, routing.topk_weights)
     return out.reshape(*x.shape[:-1], out.shape[-1])

@@ -142,6 +142,11 @@ class ExpertWeights:
             raise ValueError("ExpertWeights: up_bias must go with up, got it alone")
         if self.packing == "ungated" and self.activation.name == "oss":
             raise ValueError("ExpertWeights: activation must not be oss without a gate, got oss")
+        for name, weight in self._named():
+            if weight is None and name not in ("gate_up", "down"):
+                continue
+            if not hasattr(weight, "shape"):
+                object.__setattr__(self, name, _table(name, weight))
         counts = {name: _count(weight) for name, weight in self._named() if weight is not None}
         if len(set(counts.values())) > 1:
             raise ValueError(
@@ -178,6 +183,11 @@ class ExpertWeights:
         return _count(self.gate_up)
 
     @property
+    def hidden(self) -> int:
+        """H, the width of the token rows that the experts read."""
+        return int(as_list(self.gate_up)[0].shape[-2 if self.transposed else -1])
+
+    @property
     def dtype(self) -> Any:
         """Dtype of the weights."""
         return as_list(self.gate_up)[0].dtype
@@ -209,6 +219,17 @@ def as_list(weight: Any) -> list[Any]:
     if weight is None:
         return []
     return list(weight) if isinstance(weight, (list, tuple)) else [weight]
+
+
+def _table(name: str, weight: Any) -> list[Any]:
+    """Return one array per expert as a list, whatever sequence they came in (ParameterList…)."""
+    arrays = list(weight) if hasattr(weight, "__iter__") else []
+    if not arrays or not all(hasattr(array, "shape") for array in arrays):
+        raise TypeError(
+            f"ExpertWeights: {name} must be a tensor, or a sequence of one per expert, "
+            f"got {type(weight).__name__}"
+        )
+    return arrays
 
 
 def _count(weight: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..experts import moe
+from ..experts import moe, under_autocast
 from ..types import Activation, ExpertWeights
 
 
@@ -108,8 +108,12 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run tokens [..., H] through the layer."""
-        out: Tensor = moe(x, self.router, self.weights, top_k=self.top_k, **self.route_options)
-        return out
+        weights, rows = self.weights, x
+        # Under autocast the layer before may hand narrow rows to float32 weights.
+        if x.dtype.itemsize < weights.dtype.itemsize and under_autocast(x):
+            rows = x.to(weights.dtype)
+        out: Tensor = moe(rows, self.router, weights, top_k=self.top_k, **self.route_options)
+        return out.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Sizes and options, for `repr`."""
