@@ -44,7 +44,7 @@ bench: ## Time the benchmarks; K=permute picks some
 bench-compare: ## Benchmarks of BASE and of the working tree, interleaved; prints ratios
 	python bench/compare.py $(BASE) $(if $(K),-k "$(K)")
 
-check: lint types test ## What must pass before a change lands; CI runs this
+check: lint types test ## What must pass before a change lands
 
 wheel: ## A manylinux_2_28 wheel in dist/, checked against the stable ABI
 	FERROMOE_CUDA=require maturin build --release --locked --zig --compatibility manylinux_2_28 --out dist
