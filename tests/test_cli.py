@@ -58,9 +58,14 @@ def test_ctrl_c_exits_with_130(model: Path, tmp_path: Path) -> None:
     command += ["--progress", "json"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stderr is not None
-    child.stderr.readline()  # the job has begun
+    # Wait for the work itself: an import that is interrupted may swallow the signal.
+    while "held-out text" not in (line := child.stderr.readline()):
+        assert line, "the job ended before it began"
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=60)
+    try:
+        _, said = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert child.returncode == 130
     assert "stopped" in said
     assert "Traceback" not in said
