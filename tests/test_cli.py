@@ -56,7 +56,14 @@ def test_ctrl_c_exits_with_130(model: Path, tmp_path: Path) -> None:
     text.write_bytes(bytes(range(256)) * 4000)
     command = [sys.executable, "-m", "ferromoe", "eval", str(model), "--text", str(text)]
     command += ["--progress", "json"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background of a shell, it made children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert child.stderr is not None
     # Wait for the work itself: an import that is interrupted may swallow the signal.
     while "held-out text" not in (line := child.stderr.readline()):
