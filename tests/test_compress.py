@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -139,6 +140,34 @@ def test_stun_keeps_the_member_nearest_to_the_mean() -> None:
     weights: Any = One()
     assert stun.representative(weights, layer, [0, 1, 2]) == 1
     assert stun.representative(weights, layer, [1, 2]) == 1
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    found = tensors(folder)
+    change(found)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.experts.3.down_proj.weight_scale_inv",
+        "model.layers.0.mlp.gate.bias",
+        "model.layers.0.mlp.experts.gate_up_proj_scale_inv",
+    ],
+)
+def test_a_tensor_that_would_stay_with_another_expert_is_refused(name: str, tmp_path: Path) -> None:
+    source = write("olmoe", tmp_path / "source")
+    if "gate_up_proj" in name:
+        fuse(source)
+    plan = compress.make_plan(source, method="stun", experts=4)
+    edit(source, lambda found: found.update({name: torch.ones(8)}))
+    with pytest.raises(NotImplementedError, match="must be plain weights and biases, got " + name):
+        compress.make_plan(source, method="stun", experts=4)
+    plan.source["fingerprint"] = open_checkpoint(source).fingerprint
+    with pytest.raises(NotImplementedError, match=name):
+        compress.apply(source, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_m_smoe_dominants() -> None:

@@ -101,6 +101,7 @@ class Plan:
             )
         if [plan.layer for plan in self.layers] != [layer.number for layer in checkpoint.layers]:
             raise ValueError("plan: layers must be those of the checkpoint, got others")
+        check_known(checkpoint)
         for plan in self.layers:
             _check_layer(plan, checkpoint.num_experts)
         if self.form == "expanded":
@@ -128,6 +129,27 @@ def _check_layer(plan: LayerPlan, num_experts: int) -> None:
             raise ValueError(f"plan: {of} must have its representative in the group, got {group}")
         if not all(w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-9:
             raise ValueError(f"plan: weights of {of} must be 0 or more and sum to 1, got {weights}")
+
+
+def check_known(checkpoint: Checkpoint) -> None:
+    """Fail if experts or routers have tensors of which the family's record says nothing.
+
+    Such a tensor (the scale of a quantised weight) would stay with a number while another expert
+    moves there: the new checkpoint would load and be wrong.
+    """
+    known, owners = set[str](), set[str]()
+    for layer in checkpoint.layers:
+        known |= {layer.router, *layer.vectors, *checkpoint.expert_names(layer)}
+        for pattern in (layer.router, *layer.parts.values()):
+            owner = pattern.partition("{e}")[0] if "{e}" in pattern else pattern.rpartition(".")[0]
+            owners.add(owner.rstrip(".") + ".")
+    prefixes = tuple(owners)
+    for name in checkpoint.tensors:
+        if name not in known and name.startswith(prefixes):
+            raise NotImplementedError(
+                f"plan: experts of {checkpoint.folder} must be plain weights and biases, got "
+                f"{name}; of a quantised model, compress the original and quantise the result"
+            )
 
 
 def check_budget(checkpoint: Checkpoint, experts: int) -> None:
@@ -187,6 +209,7 @@ def make_plan(
     if form not in FORMS:
         raise ValueError(f"plan: form must be one of {', '.join(FORMS)}, got {form!r}")
     checkpoint = open_checkpoint(model)
+    check_known(checkpoint)
     if form == "compact":
         check_budget(checkpoint, experts)
     elif not 1 <= experts <= checkpoint.num_experts:
