@@ -170,6 +170,18 @@ def test_a_tensor_that_would_stay_with_another_expert_is_refused(name: str, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path, text: Path) -> None:
+    source = write("olmoe", tmp_path / "source")
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    edit(source, lambda found: found[name].fill_(torch.nan))
+    # One cluster of seven or eight for each layer, so expert 5 is compared with others.
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp.*up_proj\.weight must be finite"):
+        compress.make_plan(source, method="stun", experts=2)
+    edit(source, lambda found: found["model.layers.0.mlp.gate.weight"][2].fill_(torch.inf))
+    with pytest.raises(ValueError, match="router logits of layer 0 must be finite"):
+        compress.make_plan(source, method="m-smoe", experts=2, calibrate=text)
+
+
 def test_m_smoe_dominants() -> None:
     shares = [torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.7, 0.1, 0.1, 0.1])]
     assert m_smoe.dominants(shares, 2) == [[0, 1], [0, 1]]

@@ -87,6 +87,10 @@ def calibrate(
                     x, arguments = stream.arguments(number, batch)
                     out = layer(hidden[index] if number else x, **arguments)
                     hidden[index] = out[0] if isinstance(out, tuple) else out
+            if number in found and not found[number].logit_gram.isfinite().all():
+                raise ValueError(
+                    f"calibrate: router logits of layer {number} must be finite, got NaN or Inf"
+                )
     progress(steps, steps, "calibration text")
     return Statistics(list(found.values()), len(tokens))
 

@@ -84,6 +84,10 @@ def representative(weights: Weights, layer: MoeLayer, cluster: Sequence[int]) ->
         # One part at a time: of a large expert, one matrix per member is what memory holds.
         members = [weights.part(layer, part, e).double() for e in cluster]
         mean = sum(members[1:], members[0].clone()) / len(members)
+        if not mean.isfinite().all():
+            raise ValueError(
+                f"plan: {layer.parts[part]} must be finite, got NaN or Inf among {list(cluster)}"
+            )
         distances += torch.stack([(member - mean).square().sum() for member in members])
     distances = distances.sqrt()
     near = distances <= distances.min() * (1 + TIE)
