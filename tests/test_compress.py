@@ -182,6 +182,22 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, text: Path) -> No
         compress.make_plan(source, method="m-smoe", experts=2, calibrate=text)
 
 
+def test_stun_averages_few_clusters_as_they_are_stored(tmp_path: Path) -> None:
+    source = write("olmoe", tmp_path / "source")
+    plan = compress.make_plan(source, method="stun", experts=2, kappa=2)
+    compress.apply(source, plan, tmp_path / "out")
+    before, after = tensors(source), tensors(tmp_path / "out")
+    groups = plan.layers[0].groups
+    assert max(map(len, groups)) > 1
+    for number, members in enumerate(groups):
+        for part in ("gate", "up", "down"):
+            name = f"model.layers.0.mlp.experts.{{}}.{part}_proj.weight"
+            mean = torch.stack([before[name.format(e)] for e in members]).mean(dim=0)
+            torch.testing.assert_close(after[name.format(number)], mean)
+        router = "model.layers.0.mlp.gate.weight"
+        torch.testing.assert_close(after[router][number], before[router][members].mean(dim=0))
+
+
 def test_m_smoe_dominants() -> None:
     shares = [torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.7, 0.1, 0.1, 0.1])]
     assert m_smoe.dominants(shares, 2) == [[0, 1], [0, 1]]

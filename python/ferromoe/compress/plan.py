@@ -227,7 +227,7 @@ def make_plan(
         statistics = collect(checkpoint, calibrate, progress=tell)
     layers = found.plan(checkpoint, experts, form, statistics, tell, **params)
     align = "none"
-    if any(len(group) > 1 for layer in layers for group in layer.groups):
+    if found.aligns and any(len(group) > 1 for layer in layers for group in layer.groups):
         align = "perm-sign" if checkpoint.record["signs"] else "perm"
     plan = Plan(
         source={

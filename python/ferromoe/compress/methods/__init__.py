@@ -2,7 +2,8 @@
 
 A method's file has a function `plan(checkpoint, experts, form, statistics, progress, **options)`
 that returns a `LayerPlan` for each layer. Its keyword parameters are its options, its docstring
-names the paper. A method that reads statistics says ``NEEDS_STATISTICS = True``.
+names the paper. A method that reads statistics says ``NEEDS_STATISTICS = True``; one whose groups
+are aligned neuron by neuron before they are merged says ``ALIGNS = True``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ class Method(NamedTuple):
     name: str
     plan: Any
     needs_statistics: bool
+    aligns: bool
     summary: str
 
 
@@ -29,7 +31,8 @@ def methods() -> dict[str, Method]:
         name = module_info.name.replace("_", "-")
         needs = getattr(module, "NEEDS_STATISTICS", False)
         summary = (module.__doc__ or "").partition("\n")[0]
-        found[name] = Method(name, module.plan, needs, summary)
+        aligns = getattr(module, "ALIGNS", False)
+        found[name] = Method(name, module.plan, needs, aligns, summary)
     return found
 
 

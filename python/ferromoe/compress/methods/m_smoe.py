@@ -17,6 +17,7 @@ from ..plan import LayerPlan
 from ..stats import Statistics
 
 NEEDS_STATISTICS = True
+ALIGNS = True
 
 
 def plan(

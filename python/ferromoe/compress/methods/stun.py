@@ -32,7 +32,8 @@ def plan(
 ) -> list[LayerPlan]:
     """Cluster each layer's router rows to `experts` clusters, by complete linkage.
 
-    `kappa`: a layer that keeps this many experts or fewer is averaged instead of represented.
+    `kappa`: a layer that keeps this many experts or fewer is averaged, as stored and unaligned,
+    instead of represented.
     """
     if form != "compact":
         raise ValueError(f"plan: form must be compact for stun, which drops experts, got {form!r}")
