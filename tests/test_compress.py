@@ -198,6 +198,18 @@ def test_stun_averages_few_clusters_as_they_are_stored(tmp_path: Path) -> None:
         torch.testing.assert_close(after[router][number], before[router][members].mean(dim=0))
 
 
+def test_what_belongs_to_other_weights_stays_behind(tmp_path: Path) -> None:
+    source = write("mixtral", tmp_path / "source")
+    for name in ("pytorch_model.bin.index.json", "model.gguf", "notes.txt"):
+        (source / name).write_text("{}")
+    before = {path.name for path in source.iterdir()}
+    plan = compress.make_plan(source, method="stun", experts=4)
+    compress.apply(source, plan, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert before - names == {"pytorch_model.bin.index.json", "model.gguf"}
+    assert names < before
+
+
 def test_m_smoe_dominants() -> None:
     shares = [torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.7, 0.1, 0.1, 0.1])]
     assert m_smoe.dominants(shares, 2) == [[0, 1], [0, 1]]

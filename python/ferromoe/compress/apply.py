@@ -13,8 +13,11 @@ from .plan import LayerPlan, Plan
 
 MAX_SHARD_BYTES = 5 << 30
 # What belongs to the weights is made anew; everything else is copied.
-_MADE = {"config.json", "model.safetensors.index.json", "progress.jsonl"}
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+_MADE = {"config.json", "progress.jsonl"}
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx"),
+    ".index.json",  # the names of shards that stay behind
+)
 
 
 def apply(
