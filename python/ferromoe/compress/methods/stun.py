@@ -67,7 +67,8 @@ def clusters_of(router: Tensor, experts: int, blocks: int = 1) -> list[list[int]
     size = len(router) // blocks
     for begin in range(0, len(router), size):
         rows = router[begin : begin + size].double()
-        distances = (rows[:, None] - rows[None]).norm(dim=-1)
+        # Differences are summed as they arise: [E, E, H] would be gigabytes, a product inexact.
+        distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
         merges = _core.cluster(distances.tolist())
         members = {e: [e] for e in range(size)}
         for first, second, _ in merges[: size - experts // blocks]:
