@@ -87,7 +87,7 @@ def test_fused_files_give_the_same_model(
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_keeping_every_expert_changes_no_byte(family: str, tmp_path: Path, text: Path) -> None:
     source = write(family, tmp_path / "source")
     for method in methods():
@@ -216,6 +216,8 @@ def test_m_smoe_dominants() -> None:
     # Adaptive: the two best, then the most frequent of what is left: .3 and .2 of layer 0.
     assert m_smoe.dominants(shares, 2, adaptive=True) == [[0, 1, 2], [0]]
     assert m_smoe.dominants(shares[:1], 2, blocks=2) == [[0, 2]]
+    tied = [torch.full((4,), 0.25)] * 2
+    assert m_smoe.dominants(tied, 2, adaptive=True) == [[0, 1, 2], [0]]
 
 
 def test_m_smoe_groups_by_similarity_and_ties_to_the_lower_expert() -> None:
@@ -225,6 +227,19 @@ def test_m_smoe_groups_by_similarity_and_ties_to_the_lower_expert() -> None:
     share = torch.tensor([0.4, 0.3, 0.2, 0.1])
     assert m_smoe.group(similarity, share, [0, 1], block=4) == [[0, 2, 3], [1]]
     assert m_smoe.group(similarity, share, [0, 3], block=2) == [[0, 1], [2, 3]]
+    similarity = torch.zeros(5, 5)
+    similarity[[3, 1, 4], 2] = torch.tensor([0.9, 0.8, 0.55])
+    similarity[[3, 1, 4], 0] = torch.tensor([0.6, 0.7, 0.5])
+    share = torch.tensor([0.3, 0.1, 0.4, 0.15, 0.05])
+    assert m_smoe.group(similarity, share, [0, 2], block=5) == [[0], [1, 2, 3, 4]]
+
+
+def test_similarity_of_a_worked_example() -> None:
+    found = LayerStatistics.zeros(3)
+    found.add_logits(torch.tensor([[1, 2, 0], [2, 4, 1], [0, 1, -1], [1, 1, 1]]))
+    assert found.logit_gram.tolist() == [[6, 11, 3], [11, 22, 4], [3, 4, 3]]
+    pairs = found.similarity[[0, 0, 1], [1, 2, 2]].tolist()
+    assert pairs == pytest.approx([0.978714, 0.853553, 0.746183], abs=1e-6)
 
 
 def test_statistics_add_up_in_any_order() -> None:
