@@ -95,6 +95,12 @@ def test_info_is_a_table_for_bug_reports() -> None:
             "in 2..6",
         ),
         (["plan", "MODEL", "--method", "stun", "--experts", "3"], 2, "output must name a file"),
+        (
+            ["plan", "MODEL", "--method", "stun", "--experts", "3", "--output", "no/plan.json"],
+            2,
+            "output must be a file in a folder that exists, got no/plan.json",
+        ),
+        (["plan", "MODEL", "--method", "stun", "--experts", "3", "--output", "."], 2, "got ."),
         (["plan", "MODEL", "--method", "stun", "--experts", "x", "--dry-run"], 2, "valid int"),
         (["inspect", "nowhere"], 1, "no such file or folder"),
         (["apply", "MODEL", "missing.json", "--output", "out"], 1, "missing.json"),

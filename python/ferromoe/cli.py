@@ -153,6 +153,9 @@ def plan(
 
     if output is None and not dry_run:
         raise ValueError("plan: output must name a file, got none; or pass --dry-run")
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        # Said before a calibration of hours, not after it.
+        raise ValueError(f"plan: output must be a file in a folder that exists, got {output}")
     options = {} if kappa is None else {"kappa": kappa}
     with telling(progress, "plan") as tell:
         made = make_plan(
