@@ -67,14 +67,6 @@ class Checkpoint:
         return _settings(self.config)
 
     @property
-    def renormalised(self) -> bool:
-        """Whether a token's weights sum to one whatever experts are left."""
-        known = self.record.get("renormalised")
-        return (
-            bool(self.settings.get(self.record.get("renorm_key", ""))) if known is None else known
-        )
-
-    @property
     def fingerprint(self) -> str:
         """SHA-256 over the config, every tensor's name, dtype and shape, and the routers' bytes."""
         facts = sorted((t.name, t.dtype, list(t.shape)) for t in self.tensors.values())
