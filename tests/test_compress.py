@@ -11,15 +11,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from checkpoints import FAMILIES, fuse, write
 from ferromoe import compress
 from ferromoe.compress import Plan
-from ferromoe.compress.calibrate import calibrate, listening, read_tokens, windows
+from ferromoe.compress.calibrate import calibrate, listening
 from ferromoe.compress.methods import m_smoe, methods, stun
 from ferromoe.compress.stats import LayerStatistics
+from ferromoe.compress.text import BATCH, read_corpus
 from ferromoe.families import open_checkpoint
 from test_transformers import draw_tokens
 
@@ -90,11 +94,12 @@ def test_fused_files_give_the_same_model(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keeping_every_expert_changes_no_byte(family: str, tmp_path: Path, text: Path) -> None:
     source = write(family, tmp_path / "source")
-    for method in methods():
+    for method in methods().values():
         experts = open_checkpoint(source).num_experts
-        plan = compress.make_plan(source, method=method, experts=experts, calibrate=text)
-        compress.apply(source, plan, tmp_path / method)
-        before, after = tensors(source), tensors(tmp_path / method)
+        calibrate = text if method.needs_statistics else None
+        plan = compress.make_plan(source, method=method.name, experts=experts, calibrate=calibrate)
+        compress.apply(source, plan, tmp_path / method.name)
+        before, after = tensors(source), tensors(tmp_path / method.name)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -272,7 +277,7 @@ def test_layer_by_layer_statistics_are_those_of_the_whole_model(
         for layer, statistics in zip(layers, whole, strict=True):
             stack.enter_context(listening(layer, statistics))
         with torch.no_grad():
-            for batch in windows(read_tokens(checkpoint, TEXT), checkpoint):
+            for batch in torch.tensor(list(TEXT)).view(-1, 64).split(5):
                 model(batch, use_cache=False)
     assert streamed.tokens == len(TEXT)
     for ours, expected in zip(streamed.layers, whole, strict=True):
@@ -320,6 +325,43 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
         open_checkpoint(source)
 
 
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder of files longer, shorter, and a multiple of the 64 tokens a model takes."""
+    folder = tmp_path / "texts"
+    (folder / "not read").mkdir(parents=True)
+    for name, size in (("a", 600), ("b", 0), ("c", 30), ("d", 128), ("e", 65)):
+        (folder / name).write_bytes(bytes((7 * i + size) % 251 for i in range(size)))
+    return folder
+
+
+def test_no_sequence_spans_two_files(tmp_path: Path, texts: Path) -> None:
+    checkpoint = open_checkpoint(write("mixtral", tmp_path / "source"))
+    corpus = read_corpus(checkpoint, texts, "test")
+    files = [path.read_bytes() for path in sorted(texts.iterdir()) if path.is_file()]
+    wanted = [data[i : i + 64] for data in files for i in range(0, len(data), 64)]
+    found = [bytes(row) for batch in corpus.batches for row in batch.tolist()]
+    assert sorted(found) == sorted(wanted)
+    assert max(map(len, corpus.batches)) == BATCH
+    assert corpus.tokens == corpus.bytes == sum(map(len, files))
+
+
+def test_a_folder_of_texts_counts_as_its_files_do(tmp_path: Path, texts: Path) -> None:
+    source = write("mixtral", tmp_path / "source")
+    checkpoint = open_checkpoint(source)
+    files = [path for path in sorted(texts.iterdir()) if path.is_file() and path.name != "b"]
+    folder, single = calibrate(checkpoint, texts), [calibrate(checkpoint, f) for f in files]
+    for number, layer in enumerate(folder.layers):
+        assert torch.equal(layer.count, sum(one.layers[number].count for one in single))
+    nats = counted = 0.0
+    for file in files:
+        found = compress.evaluate(source, file)
+        predicted = found.bytes - -(-found.bytes // 64)
+        nats, counted = nats + found.bits_per_byte * predicted, counted + predicted
+    # Of the file of 65 tokens, the last is a sequence without anything to predict.
+    assert compress.evaluate(source, texts).bits_per_byte == pytest.approx(nats / counted, rel=1e-5)
+
+
 def test_bits_per_byte_of_a_uniform_model(tmp_path: Path, text: Path) -> None:
     source = write("mixtral", tmp_path / "source")
     model = load(source)
@@ -328,3 +370,58 @@ def test_bits_per_byte_of_a_uniform_model(tmp_path: Path, text: Path) -> None:
     found = compress.evaluate(source, text)
     assert found.bits_per_byte == pytest.approx(8, abs=1e-4)
     assert found.bytes == len(TEXT)
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Give a model over bytes a tokenizer, whose text has to be UTF-8."""
+    letters = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    kind = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    (folder / "tokenizer_config.json").write_text(kind)
+
+
+def test_bits_are_counted_by_the_byte_where_a_token_is_several(tmp_path: Path, text: Path) -> None:
+    source = write("mixtral", tmp_path / "source")
+    add_tokenizer(source)
+    text.write_text("ab" * 100, encoding="utf-8")
+    single = compress.evaluate(source, text)
+    path = source / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["merges"] = [["a", "b"]]
+    content["model"]["vocab"]["ab"] = content["model"]["vocab"].pop("c")
+    path.write_text(json.dumps(content), encoding="utf-8")
+    double = compress.evaluate(source, text)
+    assert (single.tokens, single.bytes) == (200, 200)
+    assert (double.tokens, double.bytes) == (100, 200)
+
+
+def test_texts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    source = write("mixtral", tmp_path / "source")
+    add_tokenizer(source)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+
+    def refused(kind: type[Exception], sentence: str) -> None:
+        with pytest.raises(kind, match=f"^eval: text must {sentence}"):
+            compress.evaluate(source, folder)
+        with pytest.raises(kind, match=f"^calibrate: text must {sentence}"):
+            compress.make_plan(source, method="m-smoe", experts=4, calibrate=folder)
+
+    refused(ValueError, f"be a folder with files in it, got {folder} without")
+    (folder / "a.txt").touch()
+    refused(ValueError, f"hold at least one byte, got {folder} without any")
+    (folder / "b.txt").write_bytes(b"caf\xe9")
+    refused(ValueError, rf"be UTF-8, got byte 0xe9 at position 3 of {folder}/b\.txt")
+    (folder / "a.txt").unlink()
+    (folder / "b.txt").unlink()
+    folder.rmdir()
+    refused(FileNotFoundError, f"be a file that can be read, got {folder}: No such file")
+
+
+def test_a_text_of_one_token_has_nothing_to_predict(tmp_path: Path, text: Path) -> None:
+    source = write("mixtral", tmp_path / "source")
+    text.write_bytes(b"a")
+    with pytest.raises(ValueError, match="text must have 2 tokens or more in one file, got 1 in"):
+        compress.evaluate(source, text)

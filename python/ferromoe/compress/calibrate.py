@@ -9,48 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..families import Checkpoint
 from .stats import LayerStatistics, Statistics
 from .stream import Hidden, LayerStream
-
-BATCH = 8
-
-
-def read_tokens(checkpoint: Checkpoint, text: bytes) -> Tensor:
-    """Tokenise a text as the checkpoint's tokenizer does; a byte model without one takes bytes."""
-    folder = checkpoint.folder
-    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        from transformers import AutoTokenizer
-
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        ids = tokenizer(text.decode("utf-8"), add_special_tokens=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.long)
-    if checkpoint.settings.get("vocab_size") == 256:
-        return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    raise FileNotFoundError(
-        f"calibrate: {folder} must hold a tokenizer, got none, and its vocabulary is not 256 bytes"
-    )
-
-
-def windows(tokens: Tensor, checkpoint: Checkpoint) -> list[Tensor]:
-    """Cut tokens into batches of sequences of one length; a shorter rest is a batch of its own."""
-    length = min(2048, checkpoint.settings.get("max_position_embeddings") or 2048)
-    whole = len(tokens) // length
-    batches = list(tokens[: whole * length].view(whole, length).split(BATCH)) if whole else []
-    rest = tokens[whole * length :]
-    return [*batches, rest[None]] if len(rest) else batches
-
-
-def read_text(path: str | Path, op: str) -> bytes:
-    """Return a text file's bytes, or the files of a folder in order of their names."""
-    path = Path(path)
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    text = b"\n".join(file.read_bytes() for file in files)
-    if not text:
-        raise ValueError(f"{op}: text must hold at least one byte, got {path} without any")
-    return text
+from .text import read_corpus
 
 
 def calibrate(
@@ -65,8 +28,8 @@ def calibrate(
     from the shards, and the hidden states wait in a temporary file. Sums do not depend on batches
     or their order.
     """
-    tokens = read_tokens(checkpoint, read_text(text, "calibrate"))
-    batches = windows(tokens, checkpoint)
+    corpus = read_corpus(checkpoint, text, "calibrate")
+    batches = corpus.batches
     stream = LayerStream(checkpoint)
     found = {
         layer.number: LayerStatistics.zeros(checkpoint.num_experts) for layer in checkpoint.layers
@@ -92,7 +55,7 @@ def calibrate(
                     f"calibrate: router logits of layer {number} must be finite, got NaN or Inf"
                 )
     progress(steps, steps, "calibration text")
-    return Statistics(list(found.values()), len(tokens))
+    return Statistics(list(found.values()), corpus.tokens)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..families import Checkpoint, open_checkpoint
-from .calibrate import read_text, read_tokens, windows
 from .stream import quiet
+from .text import read_corpus
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,17 @@ def evaluate(
 ) -> Evaluation:
     """Measure bits per byte of a checkpoint folder on a text.
 
-    The text is cut into sequences of the model's length, at most 2048 tokens; each sequence's first
-    token is context only, and its bytes are not counted (of a token, the mean over the text).
+    Each file is cut into sequences of the model's length, at most 2048 tokens; each sequence's
+    first token is context only, and its bytes are not counted (of a token, the mean over the text).
     """
     checkpoint = open_checkpoint(model)
-    data = read_text(text, "eval")
-    tokens = read_tokens(checkpoint, data)
-    batches = [batch for batch in windows(tokens, checkpoint) if batch.shape[1] > 1]
+    corpus = read_corpus(checkpoint, text, "eval")
+    batches = [batch for batch in corpus.batches if batch.shape[1] > 1]
     predicted = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     if not predicted:
-        raise ValueError(f"eval: text must have 2 tokens or more, got {len(tokens)}")
+        raise ValueError(
+            f"eval: text must have 2 tokens or more in one file, got {corpus.tokens} in {text}"
+        )
     progress(0, len(batches), "loading the model")
     loaded = load_model(checkpoint)
     start, total = time.perf_counter(), 0.0
@@ -78,6 +79,6 @@ def evaluate(
         progress(number, len(batches), "held-out text")
         total += nats(loaded, batch)
     progress(len(batches), len(batches), "held-out text")
-    counted = len(data) * predicted / len(tokens)
+    counted = corpus.bytes * predicted / corpus.tokens
     seconds = time.perf_counter() - start
-    return Evaluation(total / log(2) / counted, len(tokens), len(data), seconds)
+    return Evaluation(total / log(2) / counted, corpus.tokens, corpus.bytes, seconds)
