@@ -66,7 +66,7 @@ def test_ctrl_c_exits_with_130(model: Path, tmp_path: Path) -> None:
     )
     assert child.stderr is not None
     # Wait for the work itself: an import that is interrupted may swallow the signal.
-    while "held-out text" not in (line := child.stderr.readline()):
+    while "layer 0" not in (line := child.stderr.readline()):
         assert line, "the job ended before it began"
     child.send_signal(signal.SIGINT)
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib import import_module
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from ferromoe.compress import Plan
 from ferromoe.compress.calibrate import calibrate, listening
 from ferromoe.compress.methods import m_smoe, methods, stun
 from ferromoe.compress.stats import LayerStatistics
+from ferromoe.compress.stream import LayerStream
 from ferromoe.compress.text import BATCH, read_corpus
-from ferromoe.families import open_checkpoint
+from ferromoe.families import families, open_checkpoint
 from test_transformers import draw_tokens
 
 TEXT = bytes(range(256)) * 3
@@ -360,6 +363,77 @@ def test_a_folder_of_texts_counts_as_its_files_do(tmp_path: Path, texts: Path) -
         nats, counted = nats + found.bits_per_byte * predicted, counted + predicted
     # Of the file of 65 tokens, the last is a sequence without anything to predict.
     assert compress.evaluate(source, texts).bits_per_byte == pytest.approx(nats / counted, rel=1e-5)
+
+
+LAYOUTS = [(name, False) for name in FAMILIES] + [
+    (name, True) for name in FAMILIES if len(families().get(name, {"layouts": []})["layouts"]) > 1
+]
+
+
+@pytest.mark.parametrize(("family", "fused"), LAYOUTS)
+def test_bits_per_byte_are_those_of_the_whole_model(
+    family: str, fused: bool, tmp_path: Path, text: Path
+) -> None:
+    source = write(family, tmp_path / "source")
+    if fused:
+        fuse(source)
+    text.write_bytes(TEXT + b"ab")  # with a rest
+    model, nats, predicted = load(source), 0.0, 0
+    for sequence in torch.tensor(list(text.read_bytes())).split(64):
+        with torch.no_grad():
+            logits = model(sequence[None], use_cache=False).logits[0, :-1].double()
+        wanted = sequence[1:]
+        nats += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+        predicted += len(wanted)
+    found = compress.evaluate(source, text)
+    assert found.bits_per_byte == pytest.approx(nats / predicted / log(2), rel=1e-5)
+
+
+def test_evaluation_holds_one_layer_and_few_logits(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write("olmoe", tmp_path / "source")
+    whole = compress.evaluate(source, text)
+    in_layers, in_head, rows = set(), set(), set()
+    arguments, logits = LayerStream.arguments, LayerStream.logits
+
+    def held(stream: LayerStream) -> int:
+        return sum(not all(p.is_meta for p in layer.parameters()) for layer in stream.layers)
+
+    def watch_arguments(stream: LayerStream, number: int, ids: Tensor) -> Any:
+        in_layers.add(held(stream))
+        return arguments(stream, number, ids)
+
+    def watch_logits(stream: LayerStream, x: Tensor) -> Tensor:
+        in_head.add(held(stream))
+        rows.add(len(x))
+        return logits(stream, x)
+
+    monkeypatch.setattr(LayerStream, "arguments", watch_arguments)
+    monkeypatch.setattr(LayerStream, "logits", watch_logits)
+    # By its name in full: the package has a function of the same one.
+    monkeypatch.setattr(import_module("ferromoe.compress.evaluate"), "LOGITS", 50 * 256)
+    in_parts = compress.evaluate(source, text)
+    assert (in_layers, in_head, max(rows)) == ({1}, {0}, 50)
+    assert in_parts.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-6)
+
+
+def test_a_config_that_asks_for_the_routers_loss_is_evaluated(tmp_path: Path, text: Path) -> None:
+    source = write("mixtral", tmp_path / "source")
+    wanted = compress.evaluate(source, text).bits_per_byte
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"output_router_logits": True}))
+    assert compress.evaluate(source, text).bits_per_byte == wanted
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"]
+)
+def test_a_missing_weight_is_named(name: str, tmp_path: Path, text: Path) -> None:
+    source = write("olmoe", tmp_path / "source")
+    edit(source, lambda found: found.pop(name))
+    with pytest.raises(ValueError, match=f"^eval: .* must hold {name}, got none"):
+        compress.evaluate(source, text)
 
 
 def test_bits_per_byte_of_a_uniform_model(tmp_path: Path, text: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..families import Checkpoint
 from .stats import LayerStatistics, Statistics
@@ -29,8 +30,7 @@ def calibrate(
     or their order.
     """
     corpus = read_corpus(checkpoint, text, "calibrate")
-    batches = corpus.batches
-    stream = LayerStream(checkpoint)
+    stream = LayerStream(checkpoint, "calibrate")
     found = {
         layer.number: LayerStatistics.zeros(checkpoint.num_experts) for layer in checkpoint.layers
     }
@@ -40,20 +40,20 @@ def calibrate(
             f"calibrate: layer {last} is outside the model's {len(stream.layers)} decoder layers, "
             "and layers that only predict further tokens are not run; use a method without a text"
         )
-    steps = (last + 1) * len(batches)
+
+    @contextmanager
+    def around(number: int, layer: nn.Module) -> Iterator[None]:
+        with listening(layer, found.get(number)):
+            yield
+        if number in found and not found[number].logit_gram.isfinite().all():
+            raise ValueError(
+                f"calibrate: router logits of layer {number} must be finite, got NaN or Inf"
+            )
+
+    steps = (last + 1) * len(corpus.batches)
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="ferromoe-") as folder:
-        hidden = Hidden(Path(folder) / "hidden", batches, stream)
-        for number in range(last + 1):
-            with stream.loaded(number) as layer, listening(layer, found.get(number)):
-                for index, batch in enumerate(batches):
-                    progress(number * len(batches) + index, steps, f"layer {number}")
-                    x, arguments = stream.arguments(number, batch)
-                    out = layer(hidden[index] if number else x, **arguments)
-                    hidden[index] = out[0] if isinstance(out, tuple) else out
-            if number in found and not found[number].logit_gram.isfinite().all():
-                raise ValueError(
-                    f"calibrate: router logits of layer {number} must be finite, got NaN or Inf"
-                )
+        hidden = Hidden(Path(folder) / "hidden", corpus.batches, stream)
+        stream.run(hidden, last + 1, lambda done, what: progress(done, steps, what), around)
     progress(steps, steps, "calibration text")
     return Statistics(list(found.values()), corpus.tokens)
 

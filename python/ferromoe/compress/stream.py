@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ class Hidden:
     """Hidden states of all batches in one memory-mapped file."""
 
     def __init__(self, path: Path, batches: Sequence[Tensor], stream: LayerStream) -> None:
+        self.batches = batches
         width, dtype = int(stream.config.hidden_size), stream.dtype
         self.shapes = [(*ids.shape, width) for ids in batches]
         self.begin = [0]
         for rows, length, _ in self.shapes:
             self.begin.append(self.begin[-1] + rows * length * width)
+        # Taken now: a disk that fills up under a mapping ends the process without a word.
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, self.begin[-1] * dtype.itemsize)
         self.flat = torch.from_file(str(path), shared=True, size=self.begin[-1], dtype=dtype)
 
     def __getitem__(self, b: int) -> Tensor:
@@ -33,14 +38,19 @@ class Hidden:
 
 
 class LayerStream:
-    """A transformers model whose decoder layers come and go."""
+    """A transformers model whose decoder layers come and go.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    `op` is the operation that messages name.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, op: str) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
-        self.checkpoint = checkpoint
+        self.checkpoint, self.op = checkpoint, op
         self.config = AutoConfig.from_pretrained(checkpoint.folder)
+        # A loss over the routers of all layers, which are never there together.
+        self.config.output_router_logits = False
         self.dtype = self.config.dtype or torch.float32
         with parameters_on_meta(), no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)  # type: ignore[no-untyped-call]
@@ -70,11 +80,10 @@ class LayerStream:
             )
         if number is None:
             self.model.tie_weights()
-            return
-        for name, tensor in self.layers[number].state_dict().items():
-            if tensor.is_meta:
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_meta and layer_number(name) == number:
                 folder = self.checkpoint.folder
-                raise ValueError(f"calibrate: {folder} must hold layer {number}'s {name}, got none")
+                raise ValueError(f"{self.op}: {folder} must hold {name}, got none")
 
     @contextlib.contextmanager
     def loaded(self, number: int) -> Iterator[nn.Module]:
@@ -98,21 +107,64 @@ class LayerStream:
         """
         seen: dict[int, tuple[Tensor, dict[str, Any]]] = {}
 
-        def note(index: int) -> Callable[..., Tensor]:
-            def forward(x: Tensor, **arguments: Any) -> Tensor:
-                seen[index] = (x, arguments)
-                return x
+        def note(index: int, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+            seen[index] = (x, arguments)
+            return x
 
-            return forward
+        with self.standing_in(note):
+            self.base(input_ids=ids, use_cache=False)
+        return seen[number]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits [T, vocabulary] of what left the last decoder layer, [T, H].
+
+        The model's own forward runs, with layers that all return x, so its last norm, its head and
+        whatever it does to logits are the model's code.
+        """
+        # None of that mixes tokens, so each is a sequence of its own, and no mask gets large.
+        ids = torch.zeros(len(x), 1, dtype=torch.long)
+        with self.standing_in(lambda *_: x[:, None]):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[:, 0]
+        return logits
+
+    @contextlib.contextmanager
+    def standing_in(
+        self, forward: Callable[[int, Tensor, dict[str, Any]], Tensor]
+    ) -> Iterator[None]:
+        """Have a function of (number, input, other arguments) in place of every decoder layer."""
+
+        def of(index: int) -> Callable[..., Tensor]:
+            return lambda x, **arguments: forward(index, x, arguments)
 
         for index, layer in enumerate(self.layers):
-            layer.forward = note(index)
+            layer.forward = of(index)
         try:
-            self.base(input_ids=ids, use_cache=False)
+            yield
         finally:
             for layer in self.layers:
                 del layer.forward
-        return seen[number]
+
+    def run(
+        self,
+        hidden: Hidden,
+        count: int,
+        progress: Callable[[int, str], object],
+        around: Callable[[int, nn.Module], contextlib.AbstractContextManager[object]] = (
+            lambda number, layer: contextlib.nullcontext()
+        ),
+    ) -> None:
+        """Send all batches through the first decoder layers, one layer in memory at a time.
+
+        `progress` takes (layers times batches done, what); `around` is entered for each layer.
+        """
+        batches = hidden.batches
+        for number in range(count):
+            with self.loaded(number) as layer, around(number, layer):
+                for index, batch in enumerate(batches):
+                    progress(number * len(batches) + index, f"layer {number}")
+                    x, arguments = self.arguments(number, batch)
+                    out = layer(hidden[index] if number else x, **arguments)
+                    hidden[index] = out[0] if isinstance(out, tuple) else out
 
 
 def layer_number(name: str) -> int | None:
