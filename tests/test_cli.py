@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from checkpoints import write
+from ferromoe import __version__
+from ferromoe.compress import make_plan
 
 
 def ferromoe(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -85,6 +87,12 @@ def test_info_is_a_table_for_bug_reports() -> None:
         assert word in shown.stdout
 
 
+def test_the_version_is_told() -> None:
+    shown = ferromoe("--version")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout == f"ferromoe {__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("words", "status", "sentence"),
     [
@@ -104,6 +112,32 @@ def test_info_is_a_table_for_bug_reports() -> None:
         (["plan", "MODEL", "--method", "stun", "--experts", "x", "--dry-run"], 2, "valid int"),
         (["inspect", "nowhere"], 1, "no such file or folder"),
         (["apply", "MODEL", "missing.json", "--output", "out"], 1, "missing.json"),
+        (["apply", "MODEL", "missing.json", "--output", "out"], 1, "plan: path must be a file"),
+        (["eval", "MODEL", "--text", "missing.txt"], 1, "eval: text must be a file that can be"),
+        (
+            [
+                *("plan", "MODEL", "--method", "m-smoe", "--experts", "3", "--dry-run"),
+                *("--calibrate", "missing.txt"),
+            ],
+            1,
+            "calibrate: text must be a file that can be read, got missing.txt: No such file",
+        ),
+        (
+            [
+                *("plan", "MODEL", "--method", "stun", "--experts", "3", "--dry-run"),
+                *("--calibrate", "text.txt"),
+            ],
+            2,
+            "plan: calibrate must be left out for stun, which reads no text, got text.txt",
+        ),
+        (
+            [
+                *("plan", "MODEL", "--method", "m-smoe", "--experts", "3", "--dry-run"),
+                *("--calibrate", "text.txt", "--kappa", "2"),
+            ],
+            2,
+            "plan: kappa must be left out for m-smoe, which has no such option, got 2",
+        ),
         (["fly"], 2, "No such command 'fly'"),
         (["demo", "--shape", "round"], 2, "shape must be one of olmoe"),
     ],
@@ -116,3 +150,54 @@ def test_errors_are_one_sentence(
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "sentence"),
+    [
+        (["eval", "model", "--text", "empty"], 2, "text must be a folder with files in it"),
+        (
+            ["apply", "model", "latin.json", "--output", "out"],
+            2,
+            "path must be UTF-8, got byte 0xe9",
+        ),
+        (["apply", "model", "plan.json", "--output", "model/out"], 2, "apart from the input model"),
+        (["apply", "model", "plan.json", "--output", "link"], 2, "apart from the input model"),
+        (["apply", "model", "plan.json", "--output", "."], 2, "apart from the input model, got ."),
+        (
+            [
+                *("plan", "model", "--method", "stun", "--experts", "3"),
+                *("--output", "model/config.json"),
+            ],
+            1,
+            "output must be a new file or an earlier plan, got model/config.json",
+        ),
+    ],
+)
+def test_files_in_the_way_stay_as_they_are(
+    words: list[str], status: int, sentence: str, tmp_path: Path
+) -> None:
+    model = write("mixtral", tmp_path / "model")
+    make_plan(model, method="stun", experts=3).save(tmp_path / "plan.json")
+    (tmp_path / "latin.json").write_bytes(b'{"format": "caf\xe9"}')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("model")
+
+    def everything() -> dict[Path, bytes | None]:
+        return {p: p.read_bytes() if p.is_file() else None for p in tmp_path.rglob("*")}
+
+    before = everything()
+    done = ferromoe(*words, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert everything() == before
+
+
+def test_an_earlier_plan_is_overwritten(model: Path, tmp_path: Path) -> None:
+    words = ["plan", model, "--method", "stun", "--output", "plan.json", "--experts"]
+    for experts in ("4", "3"):
+        done = ferromoe(*words, experts, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert json.loads((tmp_path / "plan.json").read_text())["totals"]["experts_out"] == 6

@@ -499,3 +499,74 @@ def test_a_text_of_one_token_has_nothing_to_predict(tmp_path: Path, text: Path) 
     text.write_bytes(b"a")
     with pytest.raises(ValueError, match="text must have 2 tokens or more in one file, got 1 in"):
         compress.evaluate(source, text)
+
+
+def test_what_a_method_does_not_take_is_refused(tmp_path: Path) -> None:
+    source = write("mixtral", tmp_path / "source")
+    nowhere = tmp_path / "nowhere.txt"  # refused before it is read
+    for kind, options, message in (
+        (
+            ValueError,
+            {"method": "stun", "calibrate": nowhere},
+            "calibrate must be left out for stun, which reads no text, got .*nowhere.txt",
+        ),
+        (
+            TypeError,
+            {"method": "m-smoe", "calibrate": nowhere, "kappa": 2},
+            "kappa must be left out for m-smoe, which has no such option, got 2",
+        ),
+        (TypeError, {"method": "stun", "kapa": 2}, "kapa must be left out for stun"),
+    ):
+        with pytest.raises(kind, match=f"^plan: {message}"):
+            compress.make_plan(source, experts=4, **options)
+
+
+def test_a_file_that_is_no_plan_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    with pytest.raises(FileNotFoundError, match=f"path must be a file that .* got {path}: No such"):
+        Plan.load(path)
+    with pytest.raises(
+        IsADirectoryError, match=f"path must be a file that can be read, got {tmp_path}"
+    ):
+        Plan.load(tmp_path)
+    path.write_bytes(b'{"format": "\xff"}')
+    with pytest.raises(ValueError, match="path must be UTF-8, got byte 0xff at position 12 of"):
+        Plan.load(path)
+
+
+def test_only_a_plan_is_overwritten_by_a_plan(tmp_path: Path) -> None:
+    source = write("mixtral", tmp_path / "source")
+    plan = compress.make_plan(source, method="stun", experts=4)
+    for name in ("config.json", "model.safetensors"):
+        before = (source / name).read_bytes()
+        with pytest.raises(FileExistsError, match="must be a new file or an earlier plan, got"):
+            plan.save(source / name)
+        assert (source / name).read_bytes() == before
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    other = compress.make_plan(source, method="stun", experts=3)
+    other.save(path)
+    assert Plan.load(path) == other
+
+
+def test_an_output_that_overlaps_the_input_is_refused(tmp_path: Path) -> None:
+    source = write("mixtral", tmp_path / "parent" / "source")
+    plan = compress.make_plan(source, method="stun", experts=4)
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "way").symlink_to(tmp_path / "parent")
+    before = sorted(tmp_path.rglob("*"))
+    for output in (
+        *(source, source / "out", source / "deep" / "out", source.parent),
+        *(tmp_path / "link", tmp_path / "link" / "out", tmp_path / "way"),
+        source / ".." / "source" / "out",
+    ):
+        with pytest.raises(
+            ValueError, match=r"^apply: output must be a folder apart from the input"
+        ):
+            compress.apply(source, plan, output)
+        with pytest.raises(
+            ValueError, match=r"^apply: output must be a folder apart from the input"
+        ):
+            compress.apply(tmp_path / "link", plan, output)
+    assert sorted(tmp_path.rglob("*")) == before
+    compress.apply(tmp_path / "link", plan, tmp_path / "way" / "source-small")

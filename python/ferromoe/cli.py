@@ -80,6 +80,24 @@ def _size(count: float) -> str:
     return f"{count:,.2f} GB"
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(f"ferromoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Take the options of the command as a whole."""
+
+
 @app.command()
 def info() -> None:
     """Show what this installation is and can do, for a bug report."""
@@ -142,20 +160,22 @@ def plan(
     experts: Annotated[int, typer.Option(help="Experts to keep in each layer.")],
     output: Annotated[Path | None, typer.Option(help="Where the plan goes, as JSON.")] = None,
     form: Annotated[str, typer.Option(help="compact or expanded.")] = "compact",
-    calibrate: Annotated[Path | None, typer.Option(help="Text for statistics.")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="m-smoe: a text, or a folder of them.")
+    ] = None,
     kappa: Annotated[int | None, typer.Option(help="stun: average at this few experts.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan only.")] = False,
     progress: Progress = "bar",
 ) -> None:
     """Decide which experts go or merge, and write the plan; nothing else is written."""
     from .compress import make_plan
+    from .compress.plan import check_output
     from .progress import telling
 
     if output is None and not dry_run:
         raise ValueError("plan: output must name a file, got none; or pass --dry-run")
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        # Said before a calibration of hours, not after it.
-        raise ValueError(f"plan: output must be a file in a folder that exists, got {output}")
+    if output is not None and not dry_run:
+        check_output(output)  # before a calibration of hours, not after it
     options = {} if kappa is None else {"kappa": kappa}
     with telling(progress, "plan") as tell:
         made = make_plan(

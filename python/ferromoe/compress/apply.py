@@ -40,7 +40,7 @@ def apply(
     plan : Plan
         From `make_plan` or `Plan.load`.
     output : path
-        A new or empty folder.
+        A new or empty folder, outside the input's and not around it.
     max_shard_bytes : int
         Largest size of one file; a tensor is never split.
     progress : callable, optional
@@ -52,11 +52,20 @@ def apply(
         ``shards`` (name, bytes, sha256), ``bytes``, and how many shards were ``resumed``.
     """
     checkpoint = open_checkpoint(model)
+    _check_output(checkpoint.folder, Path(output))
     plan.check(checkpoint)
     text = json.dumps(recipe(checkpoint, plan))
     return _core.rewrite(
         checkpoint.folder, Path(output), text, max_shard_bytes=max_shard_bytes, progress=progress
     )
+
+
+def _check_output(folder: Path, output: Path) -> None:
+    source, target = folder.resolve(), output.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise ValueError(
+            f"apply: output must be a folder apart from the input {folder}, got {output}"
+        )
 
 
 def sizes(

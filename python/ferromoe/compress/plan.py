@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..families import Checkpoint, open_checkpoint
+from .text import decode, read_bytes
 
 FORMAT = "ferromoe-plan"
 FORMS = ("compact", "expanded")
@@ -59,7 +61,8 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, sorted and with its own hash."""
+        """Write the plan as JSON, sorted and with its own hash; only a plan is overwritten."""
+        check_output(Path(path))
         content = {**self._content(), "plan_sha256": self.sha256}
         text = json.dumps(content, sort_keys=True, indent=1) + "\n"
         temporary = Path(path).with_name(Path(path).name + ".tmp")
@@ -72,11 +75,14 @@ class Plan:
 
         Raises
         ------
+        OSError
+            If the file cannot be read.
         ValueError
             If the file is no plan, or its content does not fit its hash.
         """
+        text = decode(read_bytes(Path(path), "plan", "path"), Path(path), "plan", "path")
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(text)
             if (content.pop("format"), content.pop("version")) != (FORMAT, 1):
                 raise KeyError("format")
             claimed = content.pop("plan_sha256")
@@ -129,6 +135,25 @@ def _check_layer(plan: LayerPlan, num_experts: int) -> None:
             raise ValueError(f"plan: {of} must have its representative in the group, got {group}")
         if not all(w >= 0 for w in weights) or abs(sum(weights) - 1) > 1e-9:
             raise ValueError(f"plan: weights of {of} must be 0 or more and sum to 1, got {weights}")
+
+
+def check_output(path: Path) -> None:
+    """Fail unless a plan can be written there and nothing else gets lost."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"plan: output must be a file in a folder that exists, got {path}")
+    if path.exists() and not _is_plan(path):
+        raise FileExistsError(
+            f"plan: output must be a new file or an earlier plan, got {path}, which is another file"
+        )
+
+
+def _is_plan(path: Path) -> bool:
+    """Tell by its beginning whether a file is a plan, of whatever version or content."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        start = file.read(1024)
+    return start.startswith(b"{") and json.dumps(FORMAT).encode() in start
 
 
 def check_known(checkpoint: Checkpoint) -> None:
@@ -193,7 +218,7 @@ def make_plan(
         "compact": fewer experts on disk and in the config. "expanded": every expert of a group is
         written as its merged expert, so the router stays whole; nothing gets smaller.
     calibrate : path, optional
-        Text for methods that need statistics.
+        Text for methods that need statistics, or a folder of texts; others refuse it.
     progress : callable, optional
         Called with (done, total, what).
     **params
@@ -208,6 +233,18 @@ def make_plan(
     found = method_of(method)
     if form not in FORMS:
         raise ValueError(f"plan: form must be one of {', '.join(FORMS)}, got {form!r}")
+    if calibrate is not None and not found.needs_statistics:
+        raise ValueError(
+            f"plan: calibrate must be left out for {method}, which reads no text, got {calibrate}"
+        )
+    options = inspect.signature(found.plan).parameters.values()
+    known = {option.name for option in options if option.kind is option.KEYWORD_ONLY}
+    for name, value in params.items():
+        if name not in known:
+            raise TypeError(
+                f"plan: {name} must be left out for {method}, which has no such option, got "
+                f"{value!r}"
+            )
     checkpoint = open_checkpoint(model)
     check_known(checkpoint)
     if form == "compact":
