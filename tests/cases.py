@@ -204,6 +204,43 @@ def _draw_logits_and_bias(
     return values, {**rest, "bias": bias}
 
 
+def _draw_shared(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    logits = randn(size.tokens, size.num_experts + 2, dtype=dtype, generator=generator)
+    return [logits], {"top_k": size.top_k, "num_shared": 2}
+
+
+def _draw_masked(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    values, rest = _draw_logits(size, dtype, generator)
+    available = torch.rand(values[0].shape, generator=generator) < 0.6
+    return values, {**rest, "expert_mask": available}
+
+
+def _draw_given(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    values, rest = _draw_logits(size, dtype, generator)
+    return values, {**rest, "ids": draw_ids(size, generator)}
+
+
+def _draw_padded(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    values, rest = _draw_logits(size, dtype, generator)
+    return values, {**rest, "padding_mask": torch.rand(size.tokens, generator=generator) < 0.7}
+
+
+def _draw_scaled(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    values, rest = _draw_logits(size, dtype, generator)
+    wide = torch.promote_types(dtype, torch.float32)
+    return [*values, randn(size.num_experts, dtype=wide, generator=generator)], rest
+
+
 def _draw_ids(
     size: Size, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[list[Tensor], dict[str, Any]]:
@@ -219,6 +256,18 @@ CASES = [
         "route_biased",
         partial(ferromoe.route, score="sigmoid", renorm="sum", eps=1e-20, scale=2.5),
         _draw_logits_and_bias,
+    ),
+    Case("route_capped", partial(ferromoe.route, softcap=1.5, logit_scale=2.0), _draw_logits),
+    Case("route_masked", partial(ferromoe.route, score="sigmoid", renorm="sum"), _draw_masked),
+    Case("route_masked_softmax", partial(ferromoe.route, renorm="clamp", eps=0.1), _draw_masked),
+    Case("route_shared", partial(ferromoe.route, score="sigmoid", renorm="log"), _draw_shared),
+    Case("route_given", partial(ferromoe.route, renorm="sum"), _draw_given),
+    Case("route_stats", partial(ferromoe.route, stats=True), _draw_padded),
+    Case("route_stats_sigmoid", partial(ferromoe.route, score="sigmoid", stats=True), _draw_padded),
+    Case(
+        "route_scaled",
+        lambda z, scale, **rest: ferromoe.route(z, expert_scale=scale, **rest),
+        _draw_scaled,
     ),
     Case("dispatch", ferromoe.dispatch, _draw_ids, differentiable=False),
     Case("permute", lambda x, plan: ferromoe.permute(x, plan), _draw_permute),

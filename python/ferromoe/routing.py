@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf, prod
 from typing import Any
 
@@ -13,63 +13,119 @@ from .types import Routing
 # What the operators below take behind their tensors.
 _OPTIONS = (
     "int top_k, str score, str topk_on, int num_groups, int topk_groups, str group_score, "
-    "float group_fill, str? renorm, float p, float eps, float scale"
+    "float group_fill, str? renorm, float p, float eps, float scale, float logit_scale, "
+    "float? softcap, int num_shared"
 )
+_COUNT = _OPTIONS.count(",") + 1
 
 
-def _reference_route(router_logits: Any, bias: Any, *options: Any) -> Any:
-    from .reference import routing as reference
+def _reference(name: str) -> Callable[..., Any]:
+    """Look the specification up when it runs: it imports torch, which may not be there."""
 
-    _core.check_route(router_logits.shape[1], *options)
-    return reference.route(router_logits, bias, *options)
+    def run(*args: Any) -> Any:
+        from .reference import routing as reference
 
+        logits = args[1] if name.endswith("_backward") else args[0]
+        _core.check_route(logits.shape[1], *args[-_COUNT:])
+        return getattr(reference, name)(*args)
 
-def _reference_route_backward(
-    grad: Any, router_logits: Any, topk_ids: Any, biased: bool, *options: Any
-) -> Any:
-    from .reference import routing as reference
-
-    _top_k, score, topk_on, _groups, _kept, _group_score, _fill, *rest = options
-    return reference.route_backward(grad, router_logits, topk_ids, score, topk_on, *rest)
+    return run
 
 
-def _fake_route(router_logits: Any, bias: Any, *options: Any) -> Any:
+def _wide(router_logits: Any) -> Any:
+    import torch
+
+    return torch.promote_types(router_logits.dtype, torch.float32)
+
+
+def _fake_route(router_logits: Any, bias: Any, expert_mask: Any, *options: Any) -> Any:
     import torch
 
     tokens, num_experts = router_logits.shape
     _core.check_route(int(num_experts), *options)
-    wide = torch.promote_types(router_logits.dtype, torch.float32)
+    slots = options[0] + options[-1]
     return (
-        router_logits.new_empty(tokens, options[0], dtype=wide),
-        router_logits.new_empty(tokens, options[0], dtype=torch.int32),
+        router_logits.new_empty(tokens, slots, dtype=_wide(router_logits)),
+        router_logits.new_empty(tokens, slots, dtype=torch.int32),
     )
 
 
 def _route_gradients(
-    saved: Sequence[Any], needs: Sequence[bool], grad: Any, _: Any
+    saved: Sequence[Any], needs: Sequence[bool], grad: Any, _: Any = None
 ) -> Sequence[Any]:
-    router_logits, topk_ids, *rest = saved
-    dz = _route_backward(grad, router_logits, topk_ids, *rest)
+    dz = _route_backward(grad, *saved)
     return (dz, *[None] * (len(needs) - 1))
 
 
 _route = Operator(
     "route",
-    schema=f"(Tensor router_logits, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor router_logits, Tensor? bias, Tensor? expert_mask, {_OPTIONS})"
+    " -> (Tensor, Tensor)",
     kernel=_core.route,
-    reference=_reference_route,
+    reference=_reference("route"),
     fake=_fake_route,
     # Scores are recomputed: of the chosen experts, or in one pass over the logits.
-    save=lambda args, outputs: (args[0], outputs[1], args[1] is not None, *args[2:]),
+    save=lambda args, outputs: (args[0], outputs[1], args[2], args[1] is not None, *args[3:]),
+    backward=_route_gradients,
+)
+
+_route_weights = Operator(
+    "route_weights",
+    schema=f"(Tensor router_logits, Tensor topk_ids, Tensor? expert_mask, {_OPTIONS}) -> Tensor",
+    kernel=_core.route_weights,
+    reference=_reference("route_weights"),
+    fake=lambda router_logits, topk_ids, *_: router_logits.new_empty(
+        topk_ids.shape, dtype=_wide(router_logits)
+    ),
+    save=lambda args, _: (*args[:3], False, *args[3:]),
     backward=_route_gradients,
 )
 
 _route_backward = Operator(
     "route_backward",
-    schema="(Tensor grad, Tensor router_logits, Tensor topk_ids, bool biased, "
+    schema="(Tensor grad, Tensor router_logits, Tensor topk_ids, Tensor? expert_mask, bool biased, "
     f"{_OPTIONS}) -> Tensor",
     kernel=_core.route_backward,
-    reference=_reference_route_backward,
+    reference=_reference("route_backward"),
+    fake=lambda grad, router_logits, *_: router_logits.new_empty(router_logits.shape),
+)
+
+
+def _fake_stats(
+    router_logits: Any, ids: Any, mask: Any, padding: Any, num_sequences: int, *options: Any
+) -> Any:
+    import torch
+
+    shape = num_sequences, router_logits.shape[1] - options[-1]
+    return (
+        router_logits.new_empty(shape, dtype=torch.int32),
+        router_logits.new_empty(shape, dtype=_wide(router_logits)),
+    )
+
+
+def _stats_gradients(
+    saved: Sequence[Any], needs: Sequence[bool], _: Any, grad: Any
+) -> Sequence[Any]:
+    return (_route_stats_backward(grad, *saved), *[None] * (len(needs) - 1))
+
+
+_route_stats = Operator(
+    "route_stats",
+    schema="(Tensor router_logits, Tensor topk_ids, Tensor? expert_mask, Tensor? padding_mask, "
+    f"int num_sequences, {_OPTIONS}) -> (Tensor, Tensor)",
+    kernel=_core.route_stats,
+    reference=_reference("route_stats"),
+    fake=_fake_stats,
+    save=lambda args, _: (args[0], *args[2:]),
+    backward=_stats_gradients,
+)
+
+_route_stats_backward = Operator(
+    "route_stats_backward",
+    schema="(Tensor grad, Tensor router_logits, Tensor? expert_mask, Tensor? padding_mask, "
+    f"int num_sequences, {_OPTIONS}) -> Tensor",
+    kernel=_core.route_stats_backward,
+    reference=_reference("route_stats_backward"),
     fake=lambda grad, router_logits, *_: router_logits.new_empty(router_logits.shape),
 )
 
@@ -88,6 +144,14 @@ def route(
     renorm: str | float | None = None,
     eps: float = 0.0,
     scale: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    expert_scale: Any = None,
+    expert_mask: Any = None,
+    ids: Any = None,
+    num_shared: int = 0,
+    padding_mask: Any = None,
+    stats: bool | str = False,
     weights_dtype: Any = None,
 ) -> Routing:
     """Choose `top_k` experts for every token, and how much each counts.
@@ -123,6 +187,27 @@ def route(
         See `renorm`.
     scale : float
         Factor on the weights.
+    logit_scale : float
+        Factor on the logits, before anything else.
+    softcap : float, optional
+        Bounds the logits to ``softcap * tanh(logit / softcap)``.
+    expert_scale : Tensor [E], optional
+        A factor on the weights of each expert, with a gradient; applied last.
+    expert_mask : Tensor [E] or [..., E], optional
+        bool, False for an expert that is not available (a failed device, an expert to ablate), for
+        all tokens or for each. A slot that is left without an expert gets id -1 and weight 0.
+    ids : Tensor [..., K], optional
+        Experts chosen elsewhere: a hash table's (``table[token_ids]``), those of a recorded run, a
+        forced balance. Nothing is chosen then; the weights are those that the experts would have.
+    num_shared : int
+        The last so many logits are of experts that every token uses. They are appended to the
+        chosen ones as ids ``E..E + num_shared - 1``, and share in `renorm`.
+    padding_mask : Tensor [...], optional
+        bool, False for a token that the statistics leave out. It is routed all the same.
+    stats : bool or "sequence"
+        Whether to count how often each expert was chosen and sum its probabilities, which is all
+        that losses for balance need; for each sequence of logits [..., S, E] apart with
+        ``"sequence"``.
     weights_dtype : dtype, optional
         Dtype of the weights; the cast comes last.
 
@@ -130,7 +215,8 @@ def route(
     -------
     Routing
         ``topk_weights`` and ``topk_ids`` [..., K], best first by what the choice was made on. Of
-        equal values the lower expert comes first; NaN counts as larger than anything.
+        equal values the lower expert comes first; NaN counts as larger than anything. With `stats`
+        also ``expert_counts`` and ``prob_sums`` (with a gradient), [E] or [sequences, E].
 
     Raises
     ------
@@ -142,6 +228,7 @@ def route(
     See Also
     --------
     dispatch : Sorts what was chosen by expert.
+    route_topp : As many experts as a token needs.
 
     Examples
     --------
@@ -152,13 +239,10 @@ def route(
     tensor([[0.5000, 0.5000]])
     """
     shape: tuple[int, ...] = getattr(router_logits, "shape", ())
-    matrix = router_logits
-    if len(shape) not in (0, 2):
-        matrix = router_logits.reshape(prod(shape[:-1]), shape[-1])
+    lead = shape[:-1]
+    matrix = _rows(router_logits)
     name, p = (renorm, 0.0) if renorm is None or isinstance(renorm, str) else ("a number", renorm)
-    weights, ids = _route(
-        matrix,
-        bias,
+    options = (
         top_k,
         score,
         topk_on,
@@ -170,13 +254,50 @@ def route(
         p,
         eps,
         scale,
+        logit_scale,
+        softcap,
+        num_shared,
     )
+    if expert_mask is not None and len(getattr(expert_mask, "shape", ())) > 1:
+        expert_mask = _rows(expert_mask)
+    if ids is None:
+        weights, ids = _route(matrix, bias, expert_mask, *options)
+    else:
+        ids = _rows(ids)
+        weights = _route_weights(matrix, ids, expert_mask, *options)
+    counts = prob_sums = None
+    if stats:
+        padding_mask = None if padding_mask is None else padding_mask.reshape(-1)
+        sequences = prod(lead[:-1]) if stats == "sequence" else 1
+        counts, prob_sums = _route_stats(
+            matrix, ids, expert_mask, padding_mask, sequences, *options
+        )
+        if stats != "sequence":
+            counts, prob_sums = counts[0], prob_sums[0]
+    if expert_scale is not None:
+        weights = weights * _of_experts(expert_scale, ids)
     if weights_dtype is not None:
         weights = _cast(weights, weights_dtype)
     if matrix is not router_logits:
-        weights = weights.reshape(*shape[:-1], top_k)
-        ids = ids.reshape(*shape[:-1], top_k)
-    return Routing(weights, ids)
+        weights = weights.reshape(*lead, weights.shape[-1])
+        ids = ids.reshape(*lead, ids.shape[-1])
+    return Routing(weights, ids, counts, prob_sums)
+
+
+def _rows(array: Any) -> Any:
+    """Flatten all axes but the last."""
+    shape: tuple[int, ...] = getattr(array, "shape", ())
+    return array if len(shape) in (0, 2) else array.reshape(prod(shape[:-1]), shape[-1])
+
+
+def _of_experts(values: Any, ids: Any) -> Any:
+    """Look up a value per expert; that of expert 0 where an id is -1, whose weight is 0."""
+    if not hasattr(values, "requires_grad"):
+        return values[ids.clip(0)]
+    from torch.nn import functional
+
+    # Unlike indexing, its gradient is a sum in a fixed order.
+    return functional.embedding(ids.clamp(min=0), values[:, None]).squeeze(-1)
 
 
 def _cast(weights: Any, dtype: Any) -> Any:

@@ -18,6 +18,10 @@ class Routing(NamedTuple):
     """float32 [T, K] (or the dtype asked for)."""
     topk_ids: Any
     """int32 [T, K]; -1 where a slot chose no expert."""
+    expert_counts: Any = None
+    """int32 [E], slots of each expert; only with ``stats=True``, like the next."""
+    prob_sums: Any = None
+    """float32 [E], sum of each expert's probability over the tokens."""
 
 
 class Dispatch(NamedTuple):

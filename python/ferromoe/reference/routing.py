@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,29 @@ def best(values: Tensor, k: int) -> Tensor:
     return values.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
 
+def prepare(
+    router_logits: Tensor,
+    expert_mask: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    num_shared: int,
+) -> Tensor:
+    """Logits as they are scored: widened, scaled, capped; -inf where an expert is masked."""
+    z = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+    if logit_scale != 1:
+        z = z * logit_scale
+    if softcap is not None:
+        z = softcap * (z / softcap).tanh()
+    if expert_mask is not None:
+        shared = expert_mask.new_ones(*expert_mask.shape[:-1], num_shared)
+        z = torch.where(torch.cat([expert_mask, shared], dim=-1), z, -torch.inf)
+    return z
+
+
 def route(
     router_logits: Tensor,
     bias: Tensor | None,
+    expert_mask: Tensor | None,
     top_k: int,
     score: str,
     topk_on: str,
@@ -42,25 +63,41 @@ def route(
     p: float,
     eps: float,
     scale: float,
+    logit_scale: float,
+    softcap: float | None,
+    num_shared: int,
 ) -> tuple[Tensor, Tensor]:
     """Weights and ids `[T, K]` of the experts that each row of `router_logits [T, E]` chooses."""
-    z = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+    z = prepare(router_logits, expert_mask, logit_scale, softcap, num_shared)
     c = z.detach()
+    routed = z.shape[-1] - num_shared
     grouped = topk_groups < num_groups
     sums = grouped and not (group_score == "max" and group_fill == -torch.inf)
     if topk_on == "score" and (bias is not None or sums):
         c = SCORES[score](c)
     # Otherwise the logits themselves decide: the score is monotone.
+    c = c[..., :routed]
     if bias is not None:
         c = c + bias.to(c.dtype)
+    if expert_mask is not None:
+        c = torch.where(expert_mask, c, -torch.inf)
     if grouped:
         groups = c.unflatten(-1, (num_groups, -1))
         summed = {"top2_sum": 2, "max": 1, "topk_over_groups": top_k // topk_groups}[group_score]
         value = groups.sort(-1, descending=True).values[..., :summed].sum(-1)
         live = torch.zeros_like(value, dtype=torch.bool).scatter(-1, best(value, topk_groups), True)
         c = groups.masked_fill(~live[..., None], group_fill).flatten(-2)
-    ids = best(c, top_k)
-    return weigh(z, ids, score, topk_on, renorm, p, eps, scale), ids.int()
+    if expert_mask is None:
+        ids = best(c, top_k)
+    else:
+        # Stably: what is masked goes behind everything, -inf included.
+        order = best(c, routed)
+        available = expert_mask.expand_as(c).gather(-1, order)
+        last = (~available).int().argsort(dim=-1, stable=True)[..., :top_k]
+        ids = order.gather(-1, last).masked_fill(~available.gather(-1, last), -1)
+    shared = torch.arange(routed, routed + num_shared, device=ids.device)
+    ids = torch.cat([ids, shared.expand(*ids.shape[:-1], num_shared)], dim=-1).int()
+    return weigh(z, ids, score, topk_on, top_k, renorm, p, eps, scale), ids
 
 
 def weigh(
@@ -68,6 +105,7 @@ def weigh(
     ids: Tensor,
     score: str,
     topk_on: str,
+    top_k: int,
     renorm: str | None,
     p: float,
     eps: float,
@@ -88,26 +126,91 @@ def weigh(
     elif renorm == "clamp":
         w = w / w.sum(-1, keepdim=True).clamp(min=eps)
     elif renorm == "mean_k":
-        w = w / w.shape[-1]
+        w = w / top_k
     elif renorm == "a number":
         w = w / torch.linalg.vector_norm(w, p, dim=-1, keepdim=True)
     return torch.where(live, w, 0.0) * scale
+
+
+def route_weights(
+    router_logits: Tensor,
+    topk_ids: Tensor,
+    expert_mask: Tensor | None,
+    top_k: int,
+    score: str,
+    topk_on: str,
+    num_groups: int,
+    topk_groups: int,
+    group_score: str,
+    group_fill: float,
+    renorm: str | None,
+    p: float,
+    eps: float,
+    scale: float,
+    logit_scale: float,
+    softcap: float | None,
+    num_shared: int,
+) -> Tensor:
+    """Weights `[T, K]` of experts that are given."""
+    z = prepare(router_logits, expert_mask, logit_scale, softcap, num_shared)
+    return weigh(z, topk_ids, score, topk_on, top_k, renorm, p, eps, scale)
 
 
 def route_backward(
     grad: Tensor,
     router_logits: Tensor,
     topk_ids: Tensor,
-    score: str,
-    topk_on: str,
-    renorm: str | None,
-    p: float,
-    eps: float,
-    scale: float,
+    expert_mask: Tensor | None,
+    biased: bool,
+    *options: Any,
 ) -> Tensor:
     """Gradient of `route` for `router_logits`; the choice itself has none."""
-    z = router_logits.detach().to(grad.dtype).requires_grad_()
     with torch.enable_grad():
-        w = weigh(z, topk_ids, score, topk_on, renorm, p, eps, scale)
+        z = router_logits.detach().to(grad.dtype).requires_grad_()
+        w = route_weights(z, topk_ids, expert_mask, *options)
     (dz,) = torch.autograd.grad(w, z, grad, materialize_grads=True)
+    return dz.to(router_logits.dtype)
+
+
+def route_stats(
+    router_logits: Tensor,
+    topk_ids: Tensor,
+    expert_mask: Tensor | None,
+    padding_mask: Tensor | None,
+    num_sequences: int,
+    top_k: int,
+    score: str,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Slots per expert and summed probabilities of real tokens, `[num_sequences, E]` each."""
+    logit_scale, softcap, num_shared = options[-3:]
+    z = prepare(router_logits, expert_mask, logit_scale, softcap, num_shared)
+    routed = z.shape[-1] - num_shared
+    p = SCORES[score](z[..., :routed])
+    if score != "softmax":
+        p = p / (p.sum(-1, keepdim=True) + 1e-20)
+    # -1 and shared experts count in a last column, which goes.
+    column = topk_ids.long().masked_fill((topk_ids < 0) | (topk_ids >= routed), routed)
+    counts = torch.nn.functional.one_hot(column, routed + 1).sum(1)[:, :routed]
+    if padding_mask is not None:
+        p = torch.where(padding_mask[:, None], p, 0.0)
+        counts = torch.where(padding_mask[:, None], counts, 0)
+    by_sequence = (num_sequences, len(z) // num_sequences, routed)
+    return counts.reshape(by_sequence).sum(1).int(), p.reshape(by_sequence).sum(1)
+
+
+def route_stats_backward(
+    grad: Tensor,
+    router_logits: Tensor,
+    expert_mask: Tensor | None,
+    padding_mask: Tensor | None,
+    num_sequences: int,
+    *options: Any,
+) -> Tensor:
+    """Gradient of the summed probabilities for `router_logits`."""
+    with torch.enable_grad():
+        z = router_logits.detach().to(grad.dtype).requires_grad_()
+        ids = torch.full((len(z), 0), -1, device=z.device)
+        _, sums = route_stats(z, ids, expert_mask, padding_mask, num_sequences, *options)
+    (dz,) = torch.autograd.grad(sums, z, grad, materialize_grads=True)
     return dz.to(router_logits.dtype)

@@ -36,7 +36,9 @@ mod _core {
     #[pymodule_export]
     use super::permute::{permute, unpermute, unpermute_backward};
     #[pymodule_export]
-    use super::routing::{check_route, route, route_backward};
+    use super::routing::{
+        check_route, route, route_backward, route_stats, route_stats_backward, route_weights,
+    };
     #[pymodule_export]
     use super::team::{
         fail_on_threads, get_num_threads, set_num_threads, thread_team, use_torch_team,

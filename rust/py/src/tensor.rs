@@ -229,6 +229,11 @@ impl<'py> View<'py> {
         to_py(Error::Type { op, arg, expected: expected.into(), got: self.dtype.name().into() })
     }
 
+    /// Fails unless the elements are truth values.
+    pub fn of_bool(&self) -> PyResult<()> {
+        if self.dtype == Dtype::Bool { Ok(()) } else { Err(self.type_error(Dtype::Bool.name())) }
+    }
+
     fn on_cpu(&self) -> PyResult<()> {
         if self.device == Device::Cpu { Ok(()) } else { Err(self.not_on("the CPU")) }
     }

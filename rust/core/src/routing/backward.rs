@@ -1,10 +1,10 @@
 //! The gradient of `route`, in closed form, from the logits and the chosen experts.
 
-use super::weigh::{base_weights, divisor};
+use super::weigh::{base_weights, divisor, score_slope};
 use super::{Logits, Options, Real, Renorm, Score, real};
 use crate::chunks::for_each_chunk;
 use crate::dtype::{Accumulator, Element};
-use crate::error::{Error, Result, check_shape};
+use crate::error::{Result, check_shape};
 use crate::simd::{self, Job};
 
 /// Gradient for the logits, `[T, E]`, written in full.
@@ -24,17 +24,12 @@ pub fn route_backward<T: Element<Acc: Real>>(
     logits_grad: &mut [T],
 ) -> Result<()> {
     const OP: &str = "route_backward";
-    options.check(logits.experts)?;
-    logits.check(OP)?;
-    let slots = logits.tokens * options.top_k;
+    logits.check(OP, options)?;
+    let slots = logits.tokens * options.slots();
     check_shape(OP, "grad", &[grad.len()], &[slots])?;
     check_shape(OP, "topk_ids", &[ids.len()], &[slots])?;
     check_shape(OP, "out", &[logits_grad.len()], &[logits.tokens * logits.experts])?;
-    if let Some(slot) = ids.iter().position(|&id| id < -1 || id >= logits.experts as i32) {
-        let expected = format!("lie in -1..{}", logits.experts as i64 - 1);
-        let got = format!("{} at slot {slot}", ids[slot]);
-        return Err(Error::Value { op: OP, arg: "topk_ids", expected, got });
-    }
+    logits.check_ids(OP, ids)?;
     let batch = logits.batch();
     for_each_chunk(logits_grad, batch * logits.experts, 1, |index, logits_grad| {
         let first = index * batch;
@@ -63,18 +58,17 @@ impl<T: Element<Acc: Real>> Job for Backward<'_, T> {
         let scale = T::Acc::from_f64(options.scale);
         let zero = T::Acc::default();
         let (mut z, mut s) = (vec![zero; logits.experts], vec![zero; logits.experts]);
-        let mut ids = Vec::with_capacity(options.top_k);
-        let mut ds = Vec::with_capacity(options.top_k);
-        let mut weights = vec![zero; options.top_k];
+        let mut dz = vec![zero; logits.experts];
+        let mut ids = Vec::with_capacity(options.slots());
+        let mut ds = Vec::with_capacity(options.slots());
+        let mut weights = vec![zero; options.slots()];
         let dense = options.score == Score::Softmax && !options.softmax_of_chosen(self.biased);
         for (token, out) in self.logits_grad.chunks_mut(logits.experts).enumerate() {
             let token = self.first + token;
-            for (z, logit) in z.iter_mut().zip(logits.row(token)) {
-                *z = logit.widen();
-            }
+            logits.load(token, options, &mut z);
             ids.clear();
             ds.clear();
-            for slot in token * options.top_k..(token + 1) * options.top_k {
+            for slot in token * options.slots()..(token + 1) * options.slots() {
                 if self.ids[slot] >= 0 {
                     ids.push(self.ids[slot]);
                     ds.push(scale * self.grad[slot]);
@@ -91,21 +85,22 @@ impl<T: Element<Acc: Real>> Job for Backward<'_, T> {
             renormalise_backward(options, weights, &mut ds);
             if dense {
                 let dot = dot(&ds, weights);
-                for (s, z) in s.iter().zip(&mut z) {
-                    *z = -(*s / total) * dot;
+                for (s, dz) in s.iter().zip(&mut dz) {
+                    *dz = -(*s / total) * dot;
                 }
                 for ((&id, &d), &w) in ids.iter().zip(&ds).zip(&*weights) {
-                    z[id as usize] += w * d;
+                    dz[id as usize] += w * d;
                 }
             } else {
                 slopes(options, &z, &ids, weights, &mut ds);
-                z.fill(zero);
+                dz.fill(zero);
                 for (&id, &d) in ids.iter().zip(&ds) {
-                    z[id as usize] += d;
+                    dz[id as usize] += d;
                 }
             }
-            for (out, &z) in out.iter_mut().zip(&z) {
-                *out = T::round(z);
+            logits.unload(token, options, &z, &mut dz);
+            for (out, &dz) in out.iter_mut().zip(&dz) {
+                *out = T::round(dz);
             }
         }
     }
@@ -153,7 +148,6 @@ fn renormalise_backward<A: Real>(options: &Options, scores: &[A], ds: &mut [A]) 
 /// Turns the gradient for the scores of the chosen into the one for their logits.
 #[inline(always)]
 fn slopes<A: Real>(options: &Options, z: &[A], ids: &[i32], scores: &[A], ds: &mut [A]) {
-    let one = A::from_f64(1.0);
     if options.renorm == Renorm::Log {
         let pull = dot(ds, scores);
         for ((d, &s), &id) in ds.iter_mut().zip(scores).zip(ids) {
@@ -161,20 +155,9 @@ fn slopes<A: Real>(options: &Options, z: &[A], ids: &[i32], scores: &[A], ds: &m
         }
         return;
     }
-    match options.score {
-        Score::Softmax => {
-            let pull = dot(ds, scores);
-            ds.iter_mut().zip(scores).for_each(|(d, &s)| *d = s * (*d - pull));
-        }
-        Score::Sigmoid => {
-            ds.iter_mut().zip(scores).for_each(|(d, &s)| *d = *d * s * (one - s));
-        }
-        Score::SqrtSoftplus => {
-            for ((d, &s), &id) in ds.iter_mut().zip(scores).zip(ids) {
-                *d = *d * real::sqrt_softplus_slope(z[id as usize], s);
-            }
-        }
-        Score::Identity => {}
+    let pull = if options.score == Score::Softmax { dot(ds, scores) } else { A::default() };
+    for ((d, &s), &id) in ds.iter_mut().zip(scores).zip(ids) {
+        *d = (*d - pull) * score_slope(options.score, z[id as usize], s);
     }
 }
 

@@ -28,28 +28,14 @@ impl<A: Real> Groups<A> {
 
     /// Gives the experts outside the best groups the key of the fill value.
     #[inline(always)]
-    pub fn mask(
-        &mut self,
-        ranked: &[A],
-        bias: Option<&[A]>,
-        keys: &mut [A::Key],
-        selector: &mut Selector<A::Key>,
-    ) {
-        let value = |expert: usize| match bias {
-            Some(bias) => ranked[expert] + bias[expert],
-            None => ranked[expert],
-        };
+    pub fn mask(&mut self, ranked: &[A], keys: &mut [A::Key], selector: &mut Selector<A::Key>) {
         self.values.clear();
-        for (group, keys) in keys.chunks(self.size).enumerate() {
+        for (values, keys) in ranked.chunks(self.size).zip(keys.chunks(self.size)) {
             selector.select(keys, &mut self.best);
             // Best first, so the first sum is of the two largest.
-            let begin = group * self.size;
-            let total = self.best[1..]
-                .iter()
-                .fold(value(begin + self.best[0] as usize), |total, &expert| {
-                    total + value(begin + expert as usize)
-                });
-            self.values.push(total.key());
+            let mut best = self.best.iter().map(|&expert| values[expert as usize]);
+            let first = best.next().expect("a group has an expert");
+            self.values.push(best.fold(first, |total, value| total + value).key());
         }
         selector.select(&self.values, &mut self.kept);
         for (group, keys) in keys.chunks_mut(self.size).enumerate() {

@@ -5,69 +5,35 @@
 //! lower expert index wins, and NaN ranks above +inf.
 
 mod backward;
+mod given;
 mod groups;
+mod logits;
 mod options;
 mod real;
 mod select;
+mod stats;
 mod weigh;
 
 pub use backward::route_backward;
+pub use given::route_weights;
+pub use logits::{Logits, Mask};
 pub use options::{GroupScore, Options, Renorm, Score, TopkOn};
 pub use real::Real;
+pub use stats::{Sequences, route_stats, route_stats_backward};
 
 use crate::chunks::for_each_chunk;
-use crate::dtype::{Accumulator, Element};
+use crate::dtype::Element;
 use crate::error::{Result, check_shape};
 use crate::simd::{self, Job};
 use groups::Groups;
 use select::Selector;
-use weigh::{base_weights, renormalise, scores};
-
-/// Bytes of logits that pay for waking a second thread.
-const GRAIN_BYTES: usize = 64 << 10;
-
-/// Router logits: rows of `experts` values, `stride` apart.
-#[derive(Debug, Clone, Copy)]
-pub struct Logits<'a, T> {
-    /// From the first value of the first row to the last of the last.
-    pub values: &'a [T],
-    /// T.
-    pub tokens: usize,
-    /// E.
-    pub experts: usize,
-    /// Elements from one row to the next; at least E.
-    pub stride: usize,
-}
-
-impl<'a, T> Logits<'a, T> {
-    /// Rows that lie behind each other.
-    pub fn contiguous(values: &'a [T], experts: usize) -> Self {
-        let tokens = values.len().checked_div(experts).unwrap_or(0);
-        Self { values, tokens, experts, stride: experts }
-    }
-
-    #[inline(always)]
-    fn row(&self, token: usize) -> &'a [T] {
-        &self.values[token * self.stride..][..self.experts]
-    }
-
-    /// Tokens that one thread takes at a time.
-    fn batch(&self) -> usize {
-        GRAIN_BYTES.div_ceil((self.experts * size_of::<T>()).max(1))
-    }
-
-    fn check(&self, op: &'static str) -> Result<()> {
-        let end = match self.tokens {
-            0 => 0,
-            tokens => (tokens - 1) * self.stride + self.experts,
-        };
-        check_shape(op, "router_logits", &[self.values.len()], &[end])
-    }
-}
+use weigh::{scores, weigh};
 
 /// Chooses `options.top_k` experts per token: `ids [T, K]`, best first, and `weights [T, K]`.
 ///
-/// `bias [E]` is added to the scores when experts are chosen, never to the weights.
+/// `bias [E]` is added to the scores when experts are chosen, never to the weights. Shared experts
+/// stand behind the routed ones in the logits, and behind the chosen ones in the slots. A slot that
+/// the mask leaves no expert for gets id −1 and weight 0.
 ///
 /// # Errors
 ///
@@ -80,12 +46,11 @@ pub fn route<T: Element<Acc: Real>>(
     ids: &mut [i32],
 ) -> Result<()> {
     const OP: &str = "route";
-    options.check(logits.experts)?;
-    logits.check(OP)?;
+    logits.check(OP, options)?;
     if let Some(bias) = bias {
-        check_shape(OP, "bias", &[bias.len()], &[logits.experts])?;
+        check_shape(OP, "bias", &[bias.len()], &[logits.experts - options.num_shared])?;
     }
-    let slots = logits.tokens * options.top_k;
+    let slots = logits.tokens * options.slots();
     check_shape(OP, "topk_weights", &[weights.len()], &[slots])?;
     check_shape(OP, "topk_ids", &[ids.len()], &[slots])?;
     if slots == 0 {
@@ -93,7 +58,7 @@ pub fn route<T: Element<Acc: Real>>(
     }
     let batch = logits.batch();
     let parts =
-        weights.chunks_mut(batch * options.top_k).zip(ids.chunks_mut(batch * options.top_k));
+        weights.chunks_mut(batch * options.slots()).zip(ids.chunks_mut(batch * options.slots()));
     let mut parts: Vec<_> = parts.collect();
     for_each_chunk(&mut parts, 1, 1, |index, part| {
         let [(weights, ids)] = part else { unreachable!("chunks of one") };
@@ -118,51 +83,65 @@ impl<T: Element<Acc: Real>> Job for Forward<'_, T> {
     #[inline(always)]
     fn run(self) {
         let Self { logits, bias, options, first, weights, ids } = self;
-        let biased = bias.is_some();
-        let ranks_scores = options.ranks_scores(biased);
-        let softmax_of_chosen = options.softmax_of_chosen(biased);
+        let ranks_scores = options.ranks_scores(bias.is_some());
+        let softmax_of_chosen = options.softmax_of_chosen(bias.is_some());
+        let routed = logits.experts - options.num_shared;
         let zero = T::Acc::default();
         let (mut z, mut s) = (vec![zero; logits.experts], vec![zero; logits.experts]);
-        let mut keys = vec![zero.key(); logits.experts];
+        let changes = bias.is_some() || logits.mask.is_some();
+        let mut changed = vec![zero; if changes { routed } else { 0 }];
+        let mut keys = vec![zero.key(); routed];
         let mut selector = Selector::new();
-        let mut groups = Groups::new(options, logits.experts);
-        let slots = weights.chunks_mut(options.top_k).zip(ids.chunks_mut(options.top_k));
+        let mut groups = Groups::new(options, routed);
+        let slots = weights.chunks_mut(options.slots()).zip(ids.chunks_mut(options.slots()));
         for (token, (weights, ids)) in slots.enumerate() {
-            for (z, logit) in z.iter_mut().zip(logits.row(first + token)) {
-                *z = logit.widen();
-            }
+            let token = first + token;
+            logits.load(token, options, &mut z);
             if ranks_scores {
                 scores(options.score, &z, &mut s);
             }
-            let ranked = if ranks_scores { &s } else { &z };
-            match bias {
-                Some(bias) => {
-                    for ((key, &value), &bias) in keys.iter_mut().zip(ranked).zip(bias) {
-                        *key = (value + bias).key();
+            let available = logits.available(token, options.num_shared);
+            let mut ranked = &(if ranks_scores { &s } else { &z })[..routed];
+            if changes {
+                changed.copy_from_slice(ranked);
+                for (value, &bias) in changed.iter_mut().zip(bias.unwrap_or_default()) {
+                    *value += bias;
+                }
+                for (value, &available) in changed.iter_mut().zip(available.unwrap_or_default()) {
+                    if available == 0 {
+                        *value = T::Acc::LOWEST;
                     }
                 }
-                None => {
-                    for (key, value) in keys.iter_mut().zip(ranked) {
-                        *key = value.key();
-                    }
-                }
+                ranked = &changed;
             }
+            for (key, value) in keys.iter_mut().zip(ranked) {
+                *key = value.key();
+            }
+            mask_keys::<T::Acc>(available, &mut keys);
             if let Some(groups) = &mut groups {
-                groups.mask(ranked, bias, &mut keys, &mut selector);
+                groups.mask(ranked, &mut keys, &mut selector);
+                mask_keys::<T::Acc>(available, &mut keys); // the fill may have brought them back
             }
-            selector.select(&keys, ids);
-            if ranks_scores && options.renorm != Renorm::Log {
-                for (weight, &id) in weights.iter_mut().zip(&*ids) {
-                    *weight = s[id as usize];
-                }
-            } else {
-                base_weights(options, softmax_of_chosen, &z, ids, &mut s, weights);
+            let (chosen, shared) = ids.split_at_mut(options.top_k);
+            selector.select(&keys, chosen);
+            if let Some(available) = available {
+                chosen
+                    .iter_mut()
+                    .filter(|id| available[**id as usize] == 0)
+                    .for_each(|id| *id = -1);
             }
-            renormalise(options, weights);
-            let scale = T::Acc::from_f64(options.scale);
-            for weight in weights {
-                *weight = *weight * scale;
-            }
+            shared.iter_mut().zip(routed..).for_each(|(id, expert)| *id = expert as i32);
+            weigh(options, ranks_scores, softmax_of_chosen, &z, &mut s, ids, weights);
+        }
+    }
+}
+
+/// Ranks what is not available below everything, −∞ included.
+#[inline(always)]
+fn mask_keys<A: Real>(available: Option<&[u8]>, keys: &mut [A::Key]) {
+    for (key, &available) in keys.iter_mut().zip(available.unwrap_or_default()) {
+        if available == 0 {
+            *key = A::BELOW_ALL;
         }
     }
 }
@@ -182,6 +161,9 @@ mod tests {
         renorm: Renorm::None,
         eps: 0.0,
         scale: 1.0,
+        logit_scale: 1.0,
+        softcap: None,
+        num_shared: 0,
     };
 
     fn run(options: Options, bias: Option<&[f32]>, logits: &[f32]) -> (Vec<f32>, Vec<i32>) {
@@ -268,7 +250,8 @@ mod tests {
     fn every_instruction_set_gives_the_same_bits() {
         let z: Vec<f32> = (0..37 * 5).map(|i| (i as f32 * 0.77).sin() * 20.0).collect();
         for score in [Score::Softmax, Score::Sigmoid, Score::SqrtSoftplus] {
-            let options = Options { top_k: 9, score, renorm: Renorm::Sum, eps: 1e-20, ..PLAIN };
+            let sum = Options { top_k: 9, score, renorm: Renorm::Sum, eps: 1e-20, ..PLAIN };
+            let options = Options { softcap: Some(15.0), logit_scale: 1.3, ..sum };
             let bias: Vec<f32> = (0..37).map(|i| (i as f32).cos()).collect();
             let mut results = Vec::new();
             for widest in [true, false] {

@@ -63,6 +63,9 @@ pub struct Options {
     pub renorm: Renorm,
     pub eps: f64,
     pub scale: f64,
+    pub logit_scale: f64,
+    pub softcap: Option<f64>,
+    pub num_shared: usize,
 }
 
 const OP: &str = "route";
@@ -124,11 +127,20 @@ impl Renorm {
 }
 
 impl Options {
-    /// Fails if the options contradict each other or the number of experts.
-    pub fn check(&self, num_experts: usize) -> Result<()> {
+    /// Slots of a token: the chosen experts, and those that every token uses.
+    pub fn slots(&self) -> usize {
+        self.top_k + self.num_shared
+    }
+
+    /// Fails if the options contradict each other or the number of logits.
+    pub fn check(&self, logits: usize) -> Result<()> {
         let fail =
             |arg, expected: String, got: String| Err(Error::Value { op: OP, arg, expected, got });
-        let Self { top_k, num_groups, topk_groups, .. } = *self;
+        let Self { top_k, num_groups, topk_groups, num_shared, .. } = *self;
+        let Some(num_experts) = logits.checked_sub(num_shared) else {
+            let expected = format!("lie in 0..{logits}, the number of logits");
+            return fail("num_shared", expected, num_shared.to_string());
+        };
         if top_k > num_experts {
             let expected = format!("lie in 0..{num_experts}, the number of experts");
             return fail("top_k", expected, top_k.to_string());
@@ -168,6 +180,12 @@ impl Options {
         }
         if !(self.eps >= 0.0 && self.eps.is_finite()) {
             return fail("eps", "be finite and at least 0".into(), self.eps.to_string());
+        }
+        if let Some(cap) = self.softcap.filter(|cap| !(*cap > 0.0 && cap.is_finite())) {
+            return fail("softcap", "be finite and above 0".into(), cap.to_string());
+        }
+        if !self.logit_scale.is_finite() {
+            return fail("logit_scale", "be finite".into(), self.logit_scale.to_string());
         }
         Ok(())
     }

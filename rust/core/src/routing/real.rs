@@ -14,6 +14,8 @@ pub trait Real: Accumulator {
     type Key: Ord + Copy;
     /// Below every number.
     const LOWEST: Self;
+    /// Below the key of every value.
+    const BELOW_ALL: Self::Key;
     /// See [`Real::Key`].
     fn key(self) -> Self::Key;
     /// e to the power of `self`, within 1 ulp.
@@ -36,6 +38,7 @@ pub trait Real: Accumulator {
 impl Real for f32 {
     type Key = i32;
     const LOWEST: Self = f32::NEG_INFINITY;
+    const BELOW_ALL: i32 = i32::MIN;
 
     #[inline(always)]
     fn key(self) -> i32 {
@@ -107,6 +110,7 @@ fn power_of_two(n: i32) -> f32 {
 impl Real for f64 {
     type Key = i64;
     const LOWEST: Self = f64::NEG_INFINITY;
+    const BELOW_ALL: i64 = i64::MIN;
 
     #[inline(always)]
     fn key(self) -> i64 {
@@ -201,6 +205,30 @@ pub fn log_sigmoid<A: Real>(z: A) -> A {
     low - (-z.abs()).exp().log1p()
 }
 
+/// Hyperbolic tangent, within 3 ulp.
+#[inline(always)]
+pub fn tanh<A: Real>(z: A) -> A {
+    // Near 0 the quotient below cancels; there, a minimax polynomial in z² (of the Cephes library).
+    const TERMS: [f64; 5] = [
+        -5.704_988_727_45e-3,
+        2.063_908_879_54e-2,
+        -5.373_971_555_31e-2,
+        1.333_144_220_36e-1,
+        -3.333_328_194_22e-1,
+    ];
+    let one = A::from_f64(1.0);
+    let square = z * z;
+    let mut sum = A::from_f64(TERMS[0]);
+    for term in &TERMS[1..] {
+        sum = square.mul_add(sum, A::from_f64(*term));
+    }
+    let near = (square * sum).mul_add(z, z);
+    let e = (z.abs() * A::from_f64(-2.0)).exp();
+    let far = (one - e) / (one + e);
+    let far = if z < A::default() { -far } else { far };
+    if z.abs() < A::from_f64(0.625) { near } else { far }
+}
+
 /// Below it softplus(z) is e^z to the last bit, and its square root e^(z/2), which underflows later.
 const SMALL: f64 = -15.0;
 
@@ -260,6 +288,8 @@ mod tests {
             assert!(ulps(sigmoid(z), e / (1.0 + e)) <= 2.0, "sigmoid({z})");
             assert!(ulps(sqrt_softplus(z), e.ln_1p().sqrt()) <= 2.5, "sqrt_softplus({z})");
             assert!(ulps(-log_sigmoid(z), (-wide).exp().ln_1p()) <= 2.5, "log_sigmoid({z})");
+            assert!(ulps(tanh(z.abs()), wide.abs().tanh()) <= 3.0, "tanh({z})");
+            assert_eq!(tanh(-z), -tanh(z));
         }
     }
 

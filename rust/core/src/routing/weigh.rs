@@ -15,6 +15,68 @@ pub fn scores<A: Real>(score: Score, z: &[A], s: &mut [A]) {
     }
 }
 
+/// Derivative of a score `s` by its own logit `z`; for softmax, with the total held.
+#[inline(always)]
+pub fn score_slope<A: Real>(score: Score, z: A, s: A) -> A {
+    let one = A::from_f64(1.0);
+    match score {
+        Score::Softmax => s,
+        Score::Sigmoid => s * (one - s),
+        Score::SqrtSoftplus => real::sqrt_softplus_slope(z, s),
+        Score::Identity => one,
+    }
+}
+
+/// Weights of the slots of one token: 0 where an id is −1.
+///
+/// `z` are its logits; `s` its scores if `scored`, else scratch of the same length.
+#[inline(always)]
+pub fn weigh<A: Real>(
+    options: &Options,
+    scored: bool,
+    softmax_of_chosen: bool,
+    z: &[A],
+    s: &mut [A],
+    ids: &[i32],
+    weights: &mut [A],
+) {
+    if ids.iter().all(|&id| id >= 0) {
+        weigh_all(options, scored, softmax_of_chosen, z, s, ids, weights);
+        return;
+    }
+    let live: Vec<i32> = ids.iter().copied().filter(|&id| id >= 0).collect();
+    let mut found = vec![A::default(); live.len()];
+    weigh_all(options, scored, softmax_of_chosen, z, s, &live, &mut found);
+    let mut found = found.into_iter();
+    for (weight, &id) in weights.iter_mut().zip(ids) {
+        *weight = if id < 0 { None } else { found.next() }.unwrap_or_default();
+    }
+}
+
+#[inline(always)]
+fn weigh_all<A: Real>(
+    options: &Options,
+    scored: bool,
+    softmax_of_chosen: bool,
+    z: &[A],
+    s: &mut [A],
+    ids: &[i32],
+    weights: &mut [A],
+) {
+    if scored && options.renorm != Renorm::Log {
+        for (weight, &id) in weights.iter_mut().zip(ids) {
+            *weight = s[id as usize];
+        }
+    } else {
+        base_weights(options, softmax_of_chosen, z, ids, s, weights);
+    }
+    renormalise(options, weights);
+    let scale = A::from_f64(options.scale);
+    for weight in weights {
+        *weight = *weight * scale;
+    }
+}
+
 /// Scores of the chosen experts only; `s` is scratch of the length of `z`.
 #[inline(always)]
 pub fn base_weights<A: Real>(
@@ -52,7 +114,7 @@ pub fn base_weights<A: Real>(
 
 /// Brings the K weights to a common size.
 #[inline(always)]
-pub fn renormalise<A: Real>(options: &Options, weights: &mut [A]) {
+fn renormalise<A: Real>(options: &Options, weights: &mut [A]) {
     if let Some(divisor) = divisor(options, weights) {
         for weight in weights {
             *weight = *weight / divisor;
