@@ -27,7 +27,7 @@ from ferromoe.compress.methods import m_smoe, methods, stun
 from ferromoe.compress.stats import LayerStatistics
 from ferromoe.compress.stream import LayerStream
 from ferromoe.compress.text import BATCH, read_corpus
-from ferromoe.families import families, open_checkpoint
+from ferromoe.families import SAMPLE, families, open_checkpoint
 from test_transformers import draw_tokens
 
 TEXT = bytes(range(256)) * 3
@@ -570,3 +570,29 @@ def test_an_output_that_overlaps_the_input_is_refused(tmp_path: Path) -> None:
             compress.apply(tmp_path / "link", plan, output)
     assert sorted(tmp_path.rglob("*")) == before
     compress.apply(tmp_path / "link", plan, tmp_path / "way" / "source-small")
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_a_fine_tune_with_frozen_routers_has_another_fingerprint(
+    family: str, tmp_path: Path
+) -> None:
+    source = write(family, tmp_path / "source")
+    checkpoint = open_checkpoint(source)
+    first = checkpoint.fingerprint
+    names = checkpoint.expert_names(checkpoint.layers[-1])
+    name = max(names, key=lambda name: checkpoint.nbytes({name}))
+    assert open_checkpoint(source).fingerprint == first
+
+    def add(index: int) -> Callable[[dict[str, Tensor]], object]:
+        return lambda found: found[name].view(-1)[index].add_(1)
+
+    edit(source, add(0))
+    at_start = open_checkpoint(source).fingerprint
+    edit(source, add(-1))
+    at_end = open_checkpoint(source).fingerprint
+    assert len({first, at_start, at_end}) == 3
+    edit(source, add(0))
+    if checkpoint.nbytes({name}) > 3 * SAMPLE:
+        before = open_checkpoint(source).fingerprint
+        edit(source, add(checkpoint.nbytes({name}) // 8))  # the middle is not read
+        assert open_checkpoint(source).fingerprint == before
