@@ -144,7 +144,9 @@ def test_registered_operators_pass_torchs_own_check(name: str) -> None:
 
 def test_an_unknown_backend_is_refused() -> None:
     with (
-        pytest.raises(ValueError, match="name must be one of reference, cpu, cuda, got 'tpu'"),
+        pytest.raises(
+            ValueError, match="name must be one of reference, cpu, cuda, emulator, got 'tpu'"
+        ),
         ferromoe.use_backend("tpu"),
     ):
         pass

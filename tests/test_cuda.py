@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ferromoe.cuda
 import gpu_check
+from ferromoe import _selfcheck
 
 SOURCE = Path(__file__).parents[1] / "cuda"
 needs_kernels = pytest.mark.skipif(
@@ -25,18 +27,23 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build_emulator(folder: Path, *flags: str) -> Path:
     """Compile the driver that runs kernels on the host."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no C++ compiler to build the emulated driver with")
-    library = tmp_path_factory.mktemp("emulator") / "libcuda.so"
+    library = folder / "libcuda.so"
     includes = ["-I", SOURCE / "device", "-I", SOURCE / "emulator"]
     source = SOURCE / "emulator" / "driver.cpp"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared"]
+    flags = ("-std=c++17", "-O1", "-fPIC", "-shared", *flags)
     subprocess.run([compiler, *flags, *includes, source, "-o", library], check=True)
     return library
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The driver that most tests are about."""
+    return build_emulator(tmp_path_factory.mktemp("emulator"))
 
 
 def ask(expression: str, driver: Path | str, **settings: int | Path) -> Any:
@@ -149,20 +156,59 @@ def test_a_gpu_check_replaces_the_entries_of_its_own_compute_capability() -> Non
     )
 
 
+def test_a_gpu_check_fails_what_is_no_number_or_another_shape() -> None:
+    right = torch.ones(2)
+    assert gpu_check.excess(right, right, right.double()) == 0
+    assert gpu_check.excess(right * 1.1, right, right.double()) > 1
+    assert gpu_check.excess(torch.tensor([1.0, float("nan")]), right, right.double()) > 1
+    assert gpu_check.excess(right.view(1, 2), right, right.double()) > 1
+
+
 @needs_kernels
 def test_the_gpu_check_knows_every_kernel() -> None:
     names = {name for image in ferromoe.cuda.kernels() for name in image.kernels}
-    assert set(gpu_check.checks()) == names
+    assert set(gpu_check.Checks("cpu", []).table()) == names
+    assert {name for listed in _selfcheck.KERNELS.values() for name in listed} == names
 
 
 @needs_kernels
-def test_arrays_on_a_gpu_go_through_the_kernels(emulator: Path) -> None:
-    log = emulator.with_name("arrays.log")
+def test_the_gpu_check_runs_from_end_to_end(emulator: Path, tmp_path: Path) -> None:
+    command = [sys.executable, gpu_check.__file__, "--emulator", "--output", tmp_path]
+    environment = {**os.environ, "FERROMOE_LIBCUDA": str(emulator)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads((tmp_path / "bench" / "results" / "gpu" / "check-90.json").read_text())
+    assert report["device"] == "ferromoe emulator"
+    assert all(result["comparisons"] > 0 for result in report["results"].values())
+    lines = (tmp_path / "cuda" / "verified.txt").read_text().splitlines()
+    entries = [line.split() for line in lines if not line.startswith("#")]
+    images = ferromoe.cuda.kernels()
+    expected = [[name, "90", image.fingerprint] for image in images for name in image.kernels]
+    assert entries == expected
+
+
+def test_the_emulator_verifies_nothing_in_the_repository() -> None:
+    command = [sys.executable, gpu_check.__file__, "--emulator"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "--output must be another folder" in run.stderr
+
+
+def test_host_memory_goes_to_no_driver_but_the_emulator(tmp_path: Path) -> None:
+    enter = "__import__('ferromoe').use_backend('emulator').__enter__()"
+    assert ask(enter, "/nowhere/libcuda.so.1").startswith("RuntimeError: no NVIDIA driver")
+    other = build_emulator(tmp_path, "-Demulator_pretend=another")
+    assert ask(enter, other) == (
+        'RuntimeError: use_backend: the driver must be the emulator for "emulator", got another; '
+        "FERROMOE_LIBCUDA names it"
+    )
+
+
+@needs_kernels
+def test_operations_on_an_emulated_gpu(emulator: Path) -> None:
+    log = emulator.with_name("operations.log")
     script = Path(__file__).with_name("emulated_gpu.py")
     environment = {**os.environ, "FERROMOE_LIBCUDA": str(emulator), "EMULATOR_LOG": str(log)}
-    run = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    launches = [line.split()[2] for line in log.read_text().splitlines() if "grid" in line]
-    assert launches == ["permute_rows", "unpermute_f32", "unpermute_backward_f32"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", script]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr

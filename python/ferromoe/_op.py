@@ -19,10 +19,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from . import _core
+
 if TYPE_CHECKING:
     from types import ModuleType
 
-BACKENDS = ("reference", "cpu", "cuda")
+BACKENDS = ("reference", "cpu", "cuda", "emulator")
 _backend: ContextVar[str | None] = ContextVar("ferromoe_backend", default=None)
 _torch_side: ModuleType | None = None  # ferromoe._torch, once torch is there
 
@@ -33,11 +35,12 @@ def use_backend(name: str) -> Iterator[None]:
 
     Parameters
     ----------
-    name : {"reference", "cpu", "cuda"}
+    name : {"reference", "cpu", "cuda", "emulator"}
         ``"reference"`` runs the specification in plain PyTorch, the first thing to try when a
         number looks wrong. ``"cpu"`` is what CPU tensors take anyway. ``"cuda"`` runs the CUDA
         kernels also where no chip has verified them yet; without it CUDA tensors take the PyTorch
-        path until their kernels are on the list of verified ones.
+        path until their kernels are on the list of verified ones. ``"emulator"`` runs them on the
+        host, for CPU tensors, with ``cuda/emulator`` for a driver.
 
     Examples
     --------
@@ -48,11 +51,13 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    emulated = _core.cuda_emulate(name == "emulator")
     token = _backend.set(name)
     try:
         yield
     finally:
         _backend.reset(token)
+        _core.cuda_emulate(emulated)
 
 
 def current_backend() -> str | None:
@@ -129,7 +134,7 @@ class Operator:
         # Tracing first: dynamo folds it to a constant and then sees none of the rest.
         if side.is_compiling():
             return self.registered(*args)
-        route = side.route_of(args)
+        route = side.route_of(self, args)
         if route == "direct":
             return self.kernel(*args)
         if route == "dispatcher":
@@ -143,7 +148,7 @@ class Operator:
     def into(self, out: Any, *args: Any) -> Any:
         """Run the operation with its result written into `out`."""
         side = torch_side()
-        route = "arrays" if side is None else side.route_of((*args, out))
+        route = "arrays" if side is None else side.route_of(self, (*args, out))
         if route == "torch" or _backend.get() == "reference":
             out[...] = self(*args)
             return out

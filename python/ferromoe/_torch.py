@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _core
+from . import _core, _selfcheck
 from ._op import current_backend
 
 if TYPE_CHECKING:
@@ -38,16 +38,16 @@ def tensors_in(args: Sequence[Any]) -> list[Any]:
     return found
 
 
-def route_of(args: Sequence[Any]) -> str:
+def route_of(operator: Operator, args: Sequence[Any]) -> str:
     """Return the route of a call with these arguments.
 
-    ``direct``: plain CPU tensors, no gradient. ``autograd``: the same with a gradient.
-    ``torch``: plain tensors of a device (or backend) whose path is PyTorch itself.
+    ``direct``: plain tensors of a device that has kernels for the operation, no gradient.
+    ``autograd``: the same with a gradient. ``torch``: plain tensors whose path is PyTorch itself.
     ``dispatcher``: anything else that is a tensor. ``arrays``: no tensor at all.
     """
     grad_enabled = torch.is_grad_enabled()
     backend = current_backend()
-    route = "arrays"
+    route, elsewhere = "arrays", None
     for tensor in tensors_in(args):
         if type(tensor) not in _PLAIN:
             if isinstance(tensor, torch.Tensor):
@@ -55,11 +55,11 @@ def route_of(args: Sequence[Any]) -> str:
             continue
         if tensor.is_neg():
             return "dispatcher"  # which resolves the lazy minus sign; memory does not show it
-        if not tensor.is_cpu and not (tensor.is_cuda and backend == "cuda"):
+        if not tensor.is_cpu or backend == "emulator":
             if tensor.is_meta:
                 return "dispatcher"
-            route = "torch"
-        elif route != "torch" and (route == "autograd" or (grad_enabled and tensor.requires_grad)):
+            elsewhere = tensor
+        if route == "autograd" or (grad_enabled and tensor.requires_grad):
             route = "autograd"
         elif route == "arrays":
             route = "direct"
@@ -74,7 +74,16 @@ def route_of(args: Sequence[Any]) -> str:
         return "dispatcher"
     if route == "direct" and backend == "reference":
         return "torch"
+    if elsewhere is not None and not _has_kernels(operator, elsewhere, backend):
+        return "torch"
     return route
+
+
+def _has_kernels(operator: Operator, tensor: torch.Tensor, backend: str | None) -> bool:
+    """Tell whether kernels of ours compute an operation where a tensor lies."""
+    if tensor.is_cuda or backend == "emulator":
+        return _selfcheck.runs_kernels(operator.name, tensor, backend)
+    return tensor.is_cpu
 
 
 def run_reference(operator: Operator, args: Sequence[Any]) -> Any:
@@ -101,7 +110,9 @@ def register(operator: Operator) -> None:
 
     def implementation(*args: Any) -> Any:
         # Below autograd and every mode: plain tensors arrive here.
-        return run_reference(operator, args) if _by_torch(args) else operator.kernel(*args)
+        return (
+            run_reference(operator, args) if _by_torch(operator, args) else operator.kernel(*args)
+        )
 
     _library.impl(operator.name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(name, operator.fake, lib=_library)
@@ -124,11 +135,11 @@ def register(operator: Operator) -> None:
     operator.registered = getattr(torch.ops.ferromoe, operator.name).default
 
 
-def _by_torch(args: Sequence[Any]) -> bool:
+def _by_torch(operator: Operator, args: Sequence[Any]) -> bool:
     backend = current_backend()
     if backend == "reference":
         return True
-    return any(not t.is_cpu and not (t.is_cuda and backend == "cuda") for t in tensors_in(args))
+    return not all(_has_kernels(operator, tensor, backend) for tensor in tensors_in(args))
 
 
 def _save(ctx: Any, operator: Operator, args: Sequence[Any], outputs: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from . import _core
+from . import _core, _selfcheck
 
 
 class Device(NamedTuple):
@@ -82,7 +82,8 @@ def kernels() -> list[Image]:
 def verified() -> dict[str, list[tuple[int, int]]]:
     """List the kernels that have given right answers on a chip.
 
-    Any other kernel runs only inside ``use_backend("cuda")``; CUDA tensors take the PyTorch path.
+    An operation with any other kernel takes the PyTorch path, unless ``use_backend("cuda")`` asks
+    for its kernels.
 
     Returns
     -------
@@ -96,11 +97,35 @@ def verified() -> dict[str, list[tuple[int, int]]]:
     return capabilities
 
 
-def warmup(device: int = 0) -> None:
-    """Load every kernel on a GPU.
+def operations(device: int = 0) -> dict[str, str]:
+    """Tell what computes each operation that has kernels, for CUDA tensors and by default.
 
-    A kernel is otherwise loaded with its first call, which must not happen while a CUDA graph is
-    captured.
+    Parameters
+    ----------
+    device : int, default 0
+        Number of the GPU, as in torch.
+
+    Returns
+    -------
+    dict
+        By operation: its kernels, checked or not used yet, or PyTorch and the reason why.
+
+    Examples
+    --------
+    >>> sorted(ferromoe.cuda.operations())
+    ['permute', 'unpermute', 'unpermute_backward']
+    """
+    last = len(device_info()) - 1
+    if device != 0 and not 0 <= device <= last:
+        raise ValueError(f"operations: device must lie in 0..{max(last, 0)}, got {device}")
+    return {name: _selfcheck.verdict_of(name, device) for name in _selfcheck.KERNELS}
+
+
+def warmup(device: int = 0) -> None:
+    """Load every kernel on a GPU, and check there those that are used by default.
+
+    That happens otherwise with the first call, and not while a CUDA graph is captured: then it
+    takes the PyTorch path.
 
     Parameters
     ----------
@@ -108,3 +133,4 @@ def warmup(device: int = 0) -> None:
         Number of the GPU, as in torch.
     """
     _core.cuda_warmup(device)
+    _selfcheck.check_all(device)

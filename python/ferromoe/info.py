@@ -6,9 +6,11 @@ import importlib.metadata
 import os
 import platform
 import sys
+import warnings
 
 from . import _core
-from .cuda import is_available, kernels, verified, why_not
+from ._selfcheck import LISTED
+from .cuda import device_info, is_available, kernels, operations, verified, warmup, why_not
 
 
 def facts() -> list[tuple[str, str]]:
@@ -25,7 +27,8 @@ def facts() -> list[tuple[str, str]]:
         ("huge pages", _huge_pages()),
         ("gpu", "available" if is_available() else f"none: {why_not()}"),
         ("cuda kernels", ", ".join(kernel.name for kernel in kernels()) or "none in this build"),
-        ("verified on a chip", _verified()),
+        ("verified on a chip", ", ".join(verified()) or "none yet"),
+        *_gpus(),
         *((name, _version(name)) for name in ("torch", "transformers", "numpy", "safetensors")),
     ]
 
@@ -47,5 +50,18 @@ def _huge_pages() -> str:
     return f"system says {chosen}; {_core.kept_memory()[1] >> 20} MiB of workspace in them now"
 
 
-def _verified() -> str:
-    return ", ".join(verified()) or "none yet: CUDA tensors take the PyTorch path"
+def _gpus() -> list[tuple[str, str]]:
+    """Say what computes each operation on each GPU, after a check where a kernel would be used."""
+    rows = []
+    for number, device in enumerate(device_info()):
+        found = operations(number)
+        if LISTED in found.values():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the row says the same
+                warmup(number)
+            found = operations(number)
+        major, minor = device.compute_capability
+        lines = [f"{device.name}, {major}.{minor}"]
+        lines += [f"{operation}: {text}" for operation, text in found.items()]
+        rows.append((f"gpu {number}", "\n".join(lines)))
+    return rows

@@ -30,6 +30,8 @@ macro_rules! driver {
         #[allow(non_snake_case, reason = "the driver's own names")]
         pub(crate) struct Driver {
             $(pub $name: unsafe extern "C" fn($($arg),*) -> CuResult,)*
+            /// Whether it is `cuda/emulator`, whose GPUs have the host's memory.
+            pub emulated: bool,
             /// Keeps the functions mapped.
             _library: libloading::Library,
         }
@@ -53,6 +55,9 @@ macro_rules! driver {
                             ))
                         })?
                     },)*
+                    // SAFETY: looked up, never called.
+                    emulated: unsafe { library.get::<unsafe extern "C" fn()>(b"emulator_pretend\0") }
+                        .is_ok(),
                     _library: library,
                 })
             }

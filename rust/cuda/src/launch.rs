@@ -120,7 +120,14 @@ impl Kernel {
     }
 }
 
-/// Whether a graph is being captured on `stream`.
+/// Whether a graph is being captured on `stream`: then nothing may be loaded or waited for.
+pub fn is_capturing(stream: Stream) -> Result<bool> {
+    let driver = driver()?;
+    let _current = Current::enter(driver, stream.device)?;
+    Ok(capturing(driver, stream))
+}
+
+/// The same, with the stream's context current.
 fn capturing(driver: &Driver, stream: Stream) -> bool {
     let mut status = 0;
     // SAFETY: the stream belongs to the current context; `status` outlives the call.

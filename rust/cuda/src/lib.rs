@@ -15,7 +15,7 @@ pub use array::{Array, ArrayMut};
 pub use device::{Device, DeviceInfo, Stream, device, devices};
 pub use error::{Error, Result};
 pub use images::{IMAGES, Image, verified, verified_kernels};
-pub use launch::Kernel;
+pub use launch::{Kernel, is_capturing};
 
 /// Every kernel, family by family.
 pub fn kernels() -> impl Iterator<Item = &'static Kernel> {
@@ -33,6 +33,11 @@ pub fn why_not() -> Option<String> {
         return Some(Error::NoKernels.to_string());
     }
     None
+}
+
+/// Whether the driver is the emulator, which takes addresses of the host's memory.
+pub fn is_emulated() -> Result<bool> {
+    Ok(driver::driver()?.emulated)
 }
 
 /// Loads every kernel on device `ordinal`, so that a first call may stand in a captured CUDA graph.

@@ -1,9 +1,11 @@
 //! What `ferromoe.cuda` tells of driver, GPUs and embedded kernels.
 
 use crate::error::{IntoPyErr, to_py};
+use crate::tensor::View;
 use ferromoe_cuda::Error;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
+use std::cell::Cell;
 
 impl IntoPyErr for Error {
     fn into_py_err(self) -> PyErr {
@@ -65,6 +67,35 @@ pub fn cuda_verified() -> Vec<(&'static str, (i32, i32))> {
 #[pyfunction]
 pub fn cuda_warmup(py: Python<'_>, device: i32) -> PyResult<()> {
     crate::run::run(py, || ferromoe_cuda::warmup(device))
+}
+
+/// Whether a graph is being captured on the stream that the library of `array` works on.
+#[pyfunction]
+pub fn cuda_capturing(array: &Bound<'_, PyAny>) -> PyResult<bool> {
+    let view = View::new("cuda_capturing", "array", array)?;
+    ferromoe_cuda::is_capturing(view.stream(array)?).map_err(to_py)
+}
+
+thread_local! {
+    static EMULATING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether arrays on the CPU count, on this thread, as arrays on the emulator's first GPU.
+pub fn emulating() -> bool {
+    EMULATING.get()
+}
+
+/// Sets [`emulating`] and tells what it was.
+#[pyfunction]
+pub fn cuda_emulate(on: bool) -> PyResult<bool> {
+    // Another driver would hand the host's addresses to a GPU.
+    if on && !ferromoe_cuda::is_emulated().map_err(to_py)? {
+        return Err(PyRuntimeError::new_err(
+            "use_backend: the driver must be the emulator for \"emulator\", got another; \
+             FERROMOE_LIBCUDA names it",
+        ));
+    }
+    Ok(EMULATING.replace(on))
 }
 
 fn capability(cc: i32) -> (i32, i32) {

@@ -22,7 +22,10 @@ mod _core {
     #[pymodule_export]
     use super::compress::{assign, checkpoint_read, cluster, rewrite, rewrite_check};
     #[pymodule_export]
-    use super::cuda::{cuda_devices, cuda_images, cuda_verified, cuda_warmup, cuda_why_not};
+    use super::cuda::{
+        cuda_capturing, cuda_devices, cuda_emulate, cuda_images, cuda_verified, cuda_warmup,
+        cuda_why_not,
+    };
     #[pymodule_export]
     use super::dispatch::{dispatch, padded_offsets};
     #[pymodule_export]

@@ -96,6 +96,7 @@ impl<'py> View<'py> {
             to_py(Error::Type { op, arg, expected: "of a known dtype".into(), got: name })
         })?;
         let device = match tensor.device.device_type {
+            kind if dlpack::CPU.contains(&kind) && crate::cuda::emulating() => Device::Cuda(0),
             kind if dlpack::CPU.contains(&kind) => Device::Cpu,
             kind if dlpack::CUDA.contains(&kind) => Device::Cuda(tensor.device.device_id),
             kind => return Err(refuse(format!("an array on device type {kind}"))),
@@ -217,7 +218,9 @@ impl<'py> View<'py> {
         let Device::Cuda(ordinal) = self.device else {
             return Err(self.not_on("a GPU"));
         };
-        let handle = dlpack::current_stream(object, ordinal)?;
+        let emulated = dlpack::CPU.contains(&self.owned.tensor().device.device_type);
+        let handle =
+            if emulated { std::ptr::null_mut() } else { dlpack::current_stream(object, ordinal)? };
         // SAFETY: a stream of the primary context, by the producer's word; it lives at least until
         // the caller of this operation, who works on it, is back.
         unsafe { ferromoe_cuda::Stream::new(ordinal, handle) }.map_err(to_py)
