@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from strategies import routings
 
 MANY = 70_000
 """Slots enough for several chunks of the counting sort."""
+IDS = torch.tensor([[0, 1], [2, -1]])
+every_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +128,7 @@ def test_numpy_ids_of_both_widths_give_numpy_plans() -> None:
             np.testing.assert_array_equal(mine, other.numpy())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@every_backend
 def test_the_first_invalid_id_is_named(backend: str) -> None:
     topk_ids = torch.full((10, 3), 63)
     topk_ids[8, 0], topk_ids[9, 2] = 64, -2
@@ -144,18 +147,23 @@ def test_the_first_invalid_id_is_named_in_a_later_chunk() -> None:
         ferromoe.dispatch(topk_ids, num_experts=4)
 
 
-def test_calls_that_make_no_sense_are_refused() -> None:
-    topk_ids = random_ids(4, 2, 3)
-    with pytest.raises(TypeError, match=r"topk_ids must be int32 or int64, got float32$"):
-        ferromoe.dispatch(topk_ids.float(), num_experts=3)
-    with pytest.raises(ValueError, match=r"topk_ids must have shape \[T, K\], got \[8\]$"):
-        ferromoe.dispatch(topk_ids.flatten(), num_experts=3)
-    with pytest.raises(ValueError, match=r"num_experts must lie in 0\.\.2147483646, got -1$"):
-        ferromoe.dispatch(topk_ids, num_experts=-1)
-    with pytest.raises(ValueError, match=r"sentinel must lie outside 0\.\.2, got 2$"):
-        ferromoe.dispatch(topk_ids, num_experts=3, sentinel=2)
-    with pytest.raises(TypeError, match="topk_ids must be a torch, NumPy or CuPy array, got list"):
-        ferromoe.dispatch([[0]], num_experts=3)
+@every_backend
+@pytest.mark.parametrize(
+    ("topk_ids", "options", "error", "message"),
+    [
+        (IDS.float(), {}, TypeError, "topk_ids must be int32 or int64, got float32"),
+        (IDS.flatten(), {}, ValueError, r"topk_ids must have shape \[T, K\], got \[4\]"),
+        ([[0]], {}, TypeError, "topk_ids must be a torch, NumPy or CuPy array, got list"),
+        ("x", {}, TypeError, "topk_ids must be a torch, NumPy or CuPy array, got str"),
+        (IDS, {"num_experts": -1}, ValueError, r"num_experts must lie in 0\.\.2147483646, got -1"),
+        (IDS, {"sentinel": 2}, ValueError, r"sentinel must lie outside 0\.\.2, got 2"),
+    ],
+)
+def test_calls_that_make_no_sense_are_refused(
+    backend: str, topk_ids: Any, options: dict[str, int], error: type[Exception], message: str
+) -> None:
+    with ferromoe.use_backend(backend), pytest.raises(error, match=f"^dispatch: {message}$"):
+        ferromoe.dispatch(topk_ids, **{"num_experts": 3, **options})
 
 
 @given(routings(), st.sampled_from([1, 8, 16, 128]), st.booleans())
@@ -177,9 +185,15 @@ def test_padded_segments_are_whole_blocks(
         assert torch.equal(ferromoe.padded_offsets(plan, align=align, min_block=min_block), padded)
 
 
-def test_padding_that_makes_no_sense_is_refused() -> None:
+@every_backend
+@pytest.mark.parametrize(
+    ("align", "message"),
+    [(0, "align must be at least 1, got 0"), (2**30, "padded rows must fit in int32")],
+)
+def test_padding_that_makes_no_sense_is_refused(backend: str, align: int, message: str) -> None:
     plan = ferromoe.dispatch(torch.tensor([[0, 1]]), num_experts=2)
-    with pytest.raises(ValueError, match=r"^padded_offsets: align must be at least 1, got 0$"):
-        ferromoe.padded_offsets(plan, align=0)
-    with pytest.raises(ValueError, match=r"^padded_offsets: padded rows must fit in int32$"):
-        ferromoe.padded_offsets(plan, align=2**30)
+    with (
+        ferromoe.use_backend(backend),
+        pytest.raises(ValueError, match=f"padded_offsets: {message}$"),
+    ):
+        ferromoe.padded_offsets(plan, align=align)

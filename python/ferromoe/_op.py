@@ -17,9 +17,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from . import _core
+from . import _check, _core
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -78,6 +79,15 @@ def torch_side() -> ModuleType | None:
     return _torch_side
 
 
+def specification(family: str, name: str) -> Callable[..., Any]:
+    """Look a function of `ferromoe.reference` up when it runs: torch may not be there before."""
+
+    def run(*args: Any) -> Any:
+        return getattr(import_module(f".reference.{family}", __package__), name)(*args)
+
+    return run
+
+
 class Operator:
     """One operation of the compiled module, with everything the three routes need.
 
@@ -91,6 +101,9 @@ class Operator:
         The compiled function: takes the arguments in the schema's order.
     reference : callable
         The same in plain, differentiable PyTorch.
+    check : callable, optional
+        Takes the same arguments, as torch tensors, and fails as the kernel would; called before
+        `reference`, which trusts its inputs. Not needed by operators that only a backward calls.
     fake : callable
         Makes outputs of the right shape and dtype without computing them.
     save : callable, optional
@@ -112,6 +125,7 @@ class Operator:
         kernel: Callable[..., Any],
         reference: Callable[..., Any],
         fake: Callable[..., Any],
+        check: Callable[..., None] | None = None,
         save: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None,
         backward: Callable[..., Sequence[Any]] | None = None,
     ) -> None:
@@ -120,6 +134,7 @@ class Operator:
         self.kernel = kernel
         self.reference = reference
         self.fake = fake
+        self.check = check
         self.save = save
         self.backward = backward
         self.registered: Callable[..., Any] = kernel  # torch.ops.ferromoe.<name>, once it exists
@@ -150,7 +165,9 @@ class Operator:
         side = torch_side()
         route = "arrays" if side is None else side.route_of(self, (*args, out))
         if route == "torch" or _backend.get() == "reference":
-            out[...] = self(*args)
+            result = self(*args)
+            _check.out(self.name, out, result)
+            out[...] = result
             return out
         if route in ("direct", "arrays"):
             return self.kernel(*args, out)

@@ -89,9 +89,13 @@ def _has_kernels(operator: Operator, tensor: torch.Tensor, backend: str | None) 
 def run_reference(operator: Operator, args: Sequence[Any]) -> Any:
     """Run the specification; NumPy arrays go through torch and come back as NumPy arrays."""
     arrays = [a for a in tensors_in(args) if not isinstance(a, torch.Tensor)]
+    if arrays:
+        args = [_as_torch(arg) for arg in args]
+    if operator.check is not None:
+        operator.check(*args)
+    outputs = operator.reference(*args)
     if not arrays:
-        return operator.reference(*args)
-    outputs = operator.reference(*(_as_torch(arg) for arg in args))
+        return outputs
     if isinstance(outputs, tuple):
         return tuple(output.numpy() for output in outputs)
     return outputs.numpy()

@@ -5,20 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import _core
-from ._op import Operator
+from . import _check, _core
+from ._op import Operator, specification
 from .types import Dispatch
-
-
-def _reference(name: str) -> Any:
-    """Look the specification up when it runs: it imports torch, which may not be there."""
-
-    def run(*args: Any) -> Any:
-        from .reference import dispatch as reference
-
-        return getattr(reference, name)(*args)
-
-    return run
 
 
 def _fake_dispatch(topk_ids: Any, num_experts: int, sentinel: int | None) -> Any:
@@ -36,7 +25,8 @@ _dispatch = Operator(
     "dispatch",
     schema="(Tensor topk_ids, int num_experts, int? sentinel) -> (Tensor, Tensor, Tensor)",
     kernel=_core.dispatch,
-    reference=_reference("dispatch"),
+    reference=specification("dispatch", "dispatch"),
+    check=_check.dispatch,
     fake=_fake_dispatch,
 )
 
@@ -44,7 +34,8 @@ _padded_offsets = Operator(
     "padded_offsets",
     schema="(Tensor expert_offsets, int align, bool min_block) -> Tensor",
     kernel=_core.padded_offsets,
-    reference=_reference("padded_offsets"),
+    reference=specification("dispatch", "padded_offsets"),
+    check=_check.padded_offsets,
     fake=lambda expert_offsets, align, min_block: expert_offsets.new_empty(expert_offsets.shape),
 )
 
@@ -58,7 +49,8 @@ _permute = Operator(
     "permute",
     schema="(Tensor x, Tensor slot_of_row, Tensor row_of_slot) -> Tensor",
     kernel=_core.permute,
-    reference=_reference("permute"),
+    reference=specification("dispatch", "permute"),
+    check=_check.permute,
     fake=lambda x, slot_of_row, row_of_slot: x.new_empty(slot_of_row.shape[0], x.shape[1]),
     save=lambda args, _: args[1:],
     backward=_permute_backward,
@@ -77,7 +69,8 @@ _unpermute = Operator(
     "unpermute",
     schema="(Tensor y, Tensor slot_of_row, Tensor row_of_slot, Tensor? topk_weights) -> Tensor",
     kernel=_core.unpermute,
-    reference=_reference("unpermute"),
+    reference=specification("dispatch", "unpermute"),
+    check=_check.unpermute,
     fake=lambda y, slot_of_row, row_of_slot, w: y.new_empty(row_of_slot.shape[0], y.shape[1]),
     # The rows are needed for the weights' gradient only.
     save=lambda args, _: args if args[3] is not None else (None, *args[1:]),
@@ -97,7 +90,7 @@ _unpermute_backward = Operator(
     schema="(Tensor grad, Tensor y, Tensor slot_of_row, Tensor row_of_slot, Tensor topk_weights)"
     " -> (Tensor, Tensor)",
     kernel=_core.unpermute_backward,
-    reference=_reference("unpermute_backward"),
+    reference=specification("dispatch", "unpermute_backward"),
     fake=_fake_unpermute_backward,
 )
 

@@ -6,22 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from . import _core
-from ._op import Operator
+from . import _check, _core
+from ._op import Operator, specification
 from .dispatch import dispatch, permute, unpermute
 from .routing import route
 from .types import ExpertWeights, as_list
-
-
-def _reference(name: str) -> Callable[..., Any]:
-    """Look the specification up when it runs: it imports torch, which may not be there."""
-
-    def run(*args: Any) -> Any:
-        from .reference import experts as reference
-
-        return getattr(reference, name)(*args)
-
-    return run
 
 
 def _columns(weight: Sequence[Any], transposed: bool) -> int:
@@ -53,7 +42,8 @@ _grouped_matmul = Operator(
     schema="(Tensor x, Tensor[] weight, Tensor expert_offsets, Tensor[] bias, bool transposed)"
     " -> Tensor",
     kernel=_core.grouped_matmul,
-    reference=_reference("grouped_matmul"),
+    reference=specification("experts", "grouped_matmul"),
+    check=_check.grouped_matmul,
     fake=lambda x, w, offsets, bias, t: x.new_empty(x.shape[0], _columns(w, t)),
     save=_grouped_save,
     backward=_grouped_backward,
@@ -64,7 +54,7 @@ _wgrad = Operator(
     schema="(Tensor x, Tensor grad, Tensor expert_offsets, int num_experts, bool transposed)"
     " -> Tensor",
     kernel=_core.grouped_matmul_wgrad,
-    reference=_reference("grouped_matmul_wgrad"),
+    reference=specification("experts", "grouped_matmul_wgrad"),
     fake=lambda x, grad, offsets, num_experts, transposed: x.new_empty(
         num_experts,
         *((x.shape[1], grad.shape[1]) if transposed else (grad.shape[1], x.shape[1])),
@@ -75,7 +65,7 @@ _grouped_sum = Operator(
     "grouped_sum",
     schema="(Tensor grad, Tensor expert_offsets, int num_experts) -> Tensor",
     kernel=_core.grouped_sum,
-    reference=_reference("grouped_sum"),
+    reference=specification("experts", "grouped_sum"),
     fake=lambda grad, offsets, num_experts: grad.new_empty(num_experts, grad.shape[1]),
 )
 
@@ -109,7 +99,8 @@ _experts = Operator(
     "experts",
     schema=f"({_ARGUMENTS}) -> Tensor",
     kernel=_core.experts,
-    reference=_reference("experts"),
+    reference=specification("experts", "experts"),
+    check=_check.experts,
     fake=lambda x, gate_up, up, down, ids, w, gb, ub, db, packing, transposed, *_: x.new_empty(
         x.shape[0], _columns(down, transposed)
     ),
@@ -146,7 +137,7 @@ _experts_backward = Operator(
     schema=f"(Tensor grad, {_ARGUMENTS}, bool[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[],"
     " Tensor[], Tensor[], Tensor[], Tensor)",
     kernel=_backward_kernel,
-    reference=_reference("experts_backward"),
+    reference=specification("experts", "experts_backward"),
     fake=_fake_backward,
 )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf, prod
 from typing import Any
 
-from . import _core
-from ._op import Operator
+from . import _check, _core
+from ._op import Operator, specification
 from .types import Routing
 
 # What the operators below take behind their tensors.
@@ -16,20 +16,6 @@ _OPTIONS = (
     "float group_fill, str? renorm, float p, float eps, float scale, float logit_scale, "
     "float? softcap, int num_shared"
 )
-_COUNT = _OPTIONS.count(",") + 1
-
-
-def _reference(name: str) -> Callable[..., Any]:
-    """Look the specification up when it runs: it imports torch, which may not be there."""
-
-    def run(*args: Any) -> Any:
-        from .reference import routing as reference
-
-        logits = args[1] if name.endswith("_backward") else args[0]
-        _core.check_route(logits.shape[1], *args[-_COUNT:])
-        return getattr(reference, name)(*args)
-
-    return run
 
 
 def _wide(router_logits: Any) -> Any:
@@ -62,7 +48,8 @@ _route = Operator(
     schema=f"(Tensor router_logits, Tensor? bias, Tensor? expert_mask, {_OPTIONS})"
     " -> (Tensor, Tensor)",
     kernel=_core.route,
-    reference=_reference("route"),
+    reference=specification("routing", "route"),
+    check=_check.route,
     fake=_fake_route,
     # Scores are recomputed: of the chosen experts, or in one pass over the logits.
     save=lambda args, outputs: (args[0], outputs[1], args[2], args[1] is not None, *args[3:]),
@@ -73,7 +60,8 @@ _route_weights = Operator(
     "route_weights",
     schema=f"(Tensor router_logits, Tensor topk_ids, Tensor? expert_mask, {_OPTIONS}) -> Tensor",
     kernel=_core.route_weights,
-    reference=_reference("route_weights"),
+    reference=specification("routing", "route_weights"),
+    check=_check.route_weights,
     fake=lambda router_logits, topk_ids, *_: router_logits.new_empty(
         topk_ids.shape, dtype=_wide(router_logits)
     ),
@@ -86,7 +74,7 @@ _route_backward = Operator(
     schema="(Tensor grad, Tensor router_logits, Tensor topk_ids, Tensor? expert_mask, bool biased, "
     f"{_OPTIONS}) -> Tensor",
     kernel=_core.route_backward,
-    reference=_reference("route_backward"),
+    reference=specification("routing", "route_backward"),
     fake=lambda grad, router_logits, *_: router_logits.new_empty(router_logits.shape),
 )
 
@@ -114,7 +102,8 @@ _route_stats = Operator(
     schema="(Tensor router_logits, Tensor topk_ids, Tensor? expert_mask, Tensor? padding_mask, "
     f"int num_sequences, {_OPTIONS}) -> (Tensor, Tensor)",
     kernel=_core.route_stats,
-    reference=_reference("route_stats"),
+    reference=specification("routing", "route_stats"),
+    check=_check.route_stats,
     fake=_fake_stats,
     save=lambda args, _: (args[0], *args[2:]),
     backward=_stats_gradients,
@@ -125,7 +114,7 @@ _route_stats_backward = Operator(
     schema="(Tensor grad, Tensor router_logits, Tensor? expert_mask, Tensor? padding_mask, "
     f"int num_sequences, {_OPTIONS}) -> Tensor",
     kernel=_core.route_stats_backward,
-    reference=_reference("route_stats_backward"),
+    reference=specification("routing", "route_stats_backward"),
     fake=lambda grad, router_logits, *_: router_logits.new_empty(router_logits.shape),
 )
 
@@ -267,7 +256,9 @@ def route(
         weights = _route_weights(matrix, ids, expert_mask, *options)
     counts = prob_sums = None
     if stats:
-        padding_mask = None if padding_mask is None else padding_mask.reshape(-1)
+        if padding_mask is not None:
+            _check.array("route", "padding_mask", padding_mask)
+            padding_mask = padding_mask.reshape(-1)
         sequences = prod(lead[:-1]) if stats == "sequence" else 1
         counts, prob_sums = _route_stats(
             matrix, ids, expert_mask, padding_mask, sequences, *options
@@ -275,6 +266,7 @@ def route(
         if stats != "sequence":
             counts, prob_sums = counts[0], prob_sums[0]
     if expert_scale is not None:
+        _check.shape("route", "expert_scale", expert_scale, matrix.shape[-1])
         weights = weights * _of_experts(expert_scale, ids)
     if weights_dtype is not None:
         weights = _cast(weights, weights_dtype)

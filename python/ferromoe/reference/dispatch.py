@@ -35,9 +35,12 @@ def dispatch(
 
 def padded_offsets(expert_offsets: Tensor, align: int, min_block: bool) -> Tensor:
     """Offsets once each expert's rows are padded to a multiple of `align`."""
-    counts = expert_offsets.diff().clamp(min=1 if min_block else 0)
+    counts = expert_offsets.long().diff().clamp(min=1 if min_block else 0)
     padded = (counts + align - 1) // align * align
-    return torch.cat([padded.new_zeros(1), padded.cumsum(0)]).int()
+    padded = torch.cat([padded.new_zeros(1), padded.cumsum(0)])
+    if not padded.is_cuda and padded[-1] >= 2**31:
+        raise ValueError("padded_offsets: padded rows must fit in int32")
+    return padded.int()
 
 
 def permute(x: Tensor, slot_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
