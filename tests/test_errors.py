@@ -107,3 +107,101 @@ def test_an_out_that_cannot_hold_the_result_is_refused(
     plan = plan_of(torch.tensor([[1, 0], [1, 2]]), 3)
     with ferromoe.use_backend(backend), pytest.raises(error, match=r"^permute: out must .*, got "):
         ferromoe.permute(torch.ones(2, 2), plan, out=out)
+
+
+X, IDS, SHARE = torch.ones(2, 4), torch.tensor([[1, 0], [1, 2]]), torch.ones(2, 2)
+PLAN = plan_of(IDS, 3)
+WEIGHTS = ferromoe.ExpertWeights(torch.ones(3, 2 * 5, 4), torch.ones(3, 4, 5))
+ARRAY = "must be a torch, NumPy or CuPy array, got"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ferromoe.route(None, top_k=2), f"route: router_logits {ARRAY} NoneType"),
+        (lambda: ferromoe.route(X, top_k=2, bias=[0.0]), f"route: bias {ARRAY} list"),
+        (lambda: ferromoe.dispatch("x", num_experts=3), f"dispatch: topk_ids {ARRAY} str"),
+        (lambda: ferromoe.permute(X, IDS), "permute: plan must be a Dispatch, .*, got Tensor"),
+        (lambda: ferromoe.permute("x", PLAN), f"permute: x {ARRAY} str"),
+        (lambda: ferromoe.unpermute(X, None), "unpermute: plan must be a Dispatch, .* NoneType"),
+        (lambda: ferromoe.unpermute(None, PLAN), f"unpermute: y {ARRAY} NoneType"),
+        (lambda: ferromoe.padded_offsets(IDS, align=8), "padded_offsets: plan must be a Dispatch"),
+        (
+            lambda: ferromoe.grouped_matmul(X, None, PLAN.expert_offsets),
+            "grouped_matmul: weight must be a tensor, or a sequence .*, got NoneType",
+        ),
+        (
+            lambda: ferromoe.grouped_matmul(X, WEIGHTS.gate_up, PLAN.expert_offsets, bias=0.5),
+            "grouped_matmul: bias must be a tensor, or a sequence .*, got float",
+        ),
+        (
+            lambda: ferromoe.grouped_matmul([[1.0]], WEIGHTS.gate_up, PLAN.expert_offsets),
+            f"grouped_matmul: x {ARRAY} list",
+        ),
+        (lambda: ferromoe.experts([[1.0]], WEIGHTS, IDS, SHARE), f"experts: x {ARRAY} list"),
+        (lambda: ferromoe.experts(None, WEIGHTS, IDS, SHARE), f"experts: x {ARRAY} NoneType"),
+        (lambda: ferromoe.experts(X, WEIGHTS, [[1]], SHARE), f"experts: topk_ids {ARRAY} list"),
+        (lambda: ferromoe.experts(X, WEIGHTS, IDS, None), f"experts: topk_weights {ARRAY} None"),
+        (lambda: ferromoe.experts(X, None, IDS, SHARE), "experts: weights must be ExpertWeights"),
+        (lambda: ferromoe.moe([[1.0]], X, WEIGHTS, top_k=2), f"moe: x {ARRAY} list"),
+        (lambda: ferromoe.moe(X, None, WEIGHTS, top_k=2), f"moe: router_weight {ARRAY} NoneType"),
+        (lambda: ferromoe.moe(X, X, None, top_k=2), "moe: weights must be ExpertWeights, got None"),
+        (
+            lambda: ferromoe.ExpertWeights(WEIGHTS.gate_up, WEIGHTS.down, activation=None),
+            "ExpertWeights: activation must be an Activation or the name of one, got NoneType",
+        ),
+    ],
+)
+def test_an_argument_of_another_class_is_a_type_error(
+    call: Callable[[], Any], message: str, backend: str
+) -> None:
+    with ferromoe.use_backend(backend), pytest.raises(TypeError, match=f"^{message}"):
+        call()
+
+
+@pytest.mark.parametrize("options", [{"row_norm": abs}, {"row_norm": abs, "weight_on_input": True}])
+@pytest.mark.parametrize(
+    ("ids", "share"), [(IDS, SHARE[:, :1]), (IDS, SHARE.reshape(4, 1)), (IDS[:1], SHARE)], ids=str
+)
+def test_python_between_the_products_takes_no_other_shapes(
+    ids: Tensor, share: Tensor, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"^experts: topk_\w+ must have shape .*, got \["):
+        ferromoe.experts(X, WEIGHTS, ids, share, **options)
+
+
+def test_a_token_without_a_width_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^moe: x must have shape \[\.\.\., H\], got \[\]$"):
+        ferromoe.moe(torch.tensor(1.0), X, WEIGHTS, top_k=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"hidden": 0}, ValueError, "MoE: hidden must be at least 1, got 0"),
+        ({"intermediate": -1}, ValueError, "MoE: intermediate must be at least 1, got -1"),
+        ({"num_experts": 0}, ValueError, "MoE: num_experts must be at least 1, got 0"),
+        ({"top_k": 4}, ValueError, r"MoE: top_k must lie in 1\.\.3, got 4"),
+        ({"renorm": "l2"}, ValueError, "route: renorm must be one of .*, got 'l2'"),
+        ({"renorm": "log"}, ValueError, "route: renorm must have score 'sigmoid' to be 'log'"),
+        ({"num_groups": 2}, ValueError, "route: num_groups must divide the 3 experts, got 2"),
+        ({"bias": torch.ones(3)}, TypeError, "MoE: bias must be a bool, got Tensor"),
+        ({"renrom": "sum"}, TypeError, ".*unexpected keyword argument 'renrom'"),
+        ({"activation": None}, TypeError, "ExpertWeights: activation must be .*, got NoneType"),
+        ({"activation": "tanh"}, ValueError, "Activation: name must be one of .*, got 'tanh'"),
+        (
+            {"activation": "oss", "gated": False},
+            ValueError,
+            "ExpertWeights: activation must not be oss without a gate, got oss",
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_layer_that_no_token_could_pass_is_not_made(
+    changes: dict[str, Any], error: type[Exception], message: str, device: str
+) -> None:
+    sizes = {"hidden": 8, "intermediate": 8, "num_experts": 3, "top_k": 2}
+    with pytest.raises(error, match=f"^{message}"):
+        ferromoe.nn.MoE(**{**sizes, **changes}, device=device)

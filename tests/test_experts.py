@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,6 +145,18 @@ def test_weight_on_input_through_a_python_activation() -> None:
         x, weights, ids, share, weight_on_input=True, row_norm=lambda rows: rows
     )
     torch.testing.assert_close(parts, named)
+
+
+@pytest.mark.parametrize("row_norm", [None, abs])
+def test_float32_numpy_tokens_over_float16_weights(row_norm: Callable[[Any], Any]) -> None:
+    x, weights, ids, share = make(torch.float16)
+    expected = ferromoe.experts(x.float(), weights, ids, share, row_norm=row_norm)
+    arrays = ExpertWeights(weights.gate_up.numpy(), weights.down.numpy())
+    out = ferromoe.experts(
+        x.float().numpy(), arrays, ids.numpy(), share.numpy(), row_norm=row_norm
+    )
+    assert out.dtype == np.float32
+    np.testing.assert_array_equal(out, expected.numpy())
 
 
 def test_numpy_experts() -> None:

@@ -258,6 +258,20 @@ def grouped_matmul(
         _each(op, "bias", _table(op, "bias", bias, x, 1), [(n,)] * len(matrices))
 
 
+def choice(x: Any, topk_ids: Any, topk_weights: Any) -> tuple[int, int]:
+    """Check the tokens of `experts` and what they chose, and return T and H."""
+    op = "experts"
+    tokens, hidden = shape(op, "x", x, "T", "H")
+    dtype(op, "x", x, *_FLOATS)
+    _, top_k = shape(op, "topk_ids", topk_ids, tokens, "K")
+    dtype(op, "topk_ids", topk_ids, "int32", "int64")
+    shape(op, "topk_weights", topk_weights, tokens, top_k)
+    dtype(op, "topk_weights", topk_weights, *dict.fromkeys(("float32", name_of(x))))
+    same_device(op, "topk_ids", topk_ids, x)
+    same_device(op, "topk_weights", topk_weights, x)
+    return tokens, hidden
+
+
 def experts(
     x: Any,
     gate_up: Sequence[Any],
@@ -277,14 +291,7 @@ def experts(
     weight_on_input: bool,
 ) -> None:
     op = "experts"
-    tokens, hidden = shape(op, "x", x, "T", "H")
-    dtype(op, "x", x, *_FLOATS)
-    _, top_k = shape(op, "topk_ids", topk_ids, tokens, "K")
-    dtype(op, "topk_ids", topk_ids, "int32", "int64")
-    shape(op, "topk_weights", topk_weights, tokens, top_k)
-    dtype(op, "topk_weights", topk_weights, *{"float32": 0, name_of(x): 0})
-    same_device(op, "topk_ids", topk_ids, x)
-    same_device(op, "topk_weights", topk_weights, x)
+    tokens, hidden = choice(x, topk_ids, topk_weights)
 
     def flip(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         return [each[::-1] for each in shapes] if transposed else list(shapes)

@@ -163,7 +163,15 @@ def padded_offsets(plan: Dispatch, *, align: int, min_block: bool = False) -> An
     >>> ferromoe.padded_offsets(plan, align=8)
     tensor([ 0,  8,  8, 16], dtype=torch.int32)
     """
+    _require_plan("padded_offsets", plan)
     return _padded_offsets(plan.expert_offsets, align, min_block)
+
+
+def _require_plan(op: str, plan: Any) -> None:
+    if not isinstance(plan, Dispatch):
+        raise TypeError(
+            f"{op}: plan must be a Dispatch, as dispatch makes it, got {type(plan).__name__}"
+        )
 
 
 def permute(x: Any, plan: Dispatch, *, out: Any = None) -> Any:
@@ -189,6 +197,8 @@ def permute(x: Any, plan: Dispatch, *, out: Any = None) -> Any:
     ------
     ValueError
         If `x` has another number of rows than the plan has tokens.
+    TypeError
+        If `plan` is no `Dispatch`.
 
     See Also
     --------
@@ -200,6 +210,7 @@ def permute(x: Any, plan: Dispatch, *, out: Any = None) -> Any:
     >>> ferromoe.permute(torch.tensor([[10.0], [20.0]]), plan).flatten()
     tensor([10., 10., 20., 20.])
     """
+    _require_plan("permute", plan)
     if out is None:
         return _permute(x, plan.slot_of_row, plan.row_of_slot)
     return _permute.into(out, x, plan.slot_of_row, plan.row_of_slot)
@@ -229,6 +240,8 @@ def unpermute(y: Any, plan: Dispatch, topk_weights: Any = None, *, out: Any = No
     ------
     ValueError
         If a shape does not fit the plan.
+    TypeError
+        If `plan` is no `Dispatch`.
 
     See Also
     --------
@@ -241,6 +254,7 @@ def unpermute(y: Any, plan: Dispatch, topk_weights: Any = None, *, out: Any = No
     >>> ferromoe.unpermute(rows, plan, torch.tensor([[0.5, 0.5], [1.0, 0.0]])).flatten()
     tensor([1.5000, 3.0000])
     """
+    _require_plan("unpermute", plan)
     if out is None:
         return _unpermute(y, plan.slot_of_row, plan.row_of_slot, topk_weights)
     return _unpermute.into(out, y, plan.slot_of_row, plan.row_of_slot, topk_weights)

@@ -10,7 +10,7 @@ from . import _check, _core
 from ._op import Operator, specification
 from .dispatch import dispatch, permute, unpermute
 from .routing import route
-from .types import ExpertWeights, as_list
+from .types import ExpertWeights, as_list, as_table
 
 
 def _columns(weight: Sequence[Any], transposed: bool) -> int:
@@ -187,6 +187,10 @@ def grouped_matmul(
     >>> ferromoe.grouped_matmul(x, weight, torch.tensor([0, 1, 3], dtype=torch.int32)).flatten()
     tensor([ 10., 200., 300.])
     """
+    if not hasattr(weight, "shape"):
+        weight = as_table("grouped_matmul", "weight", weight)
+    if not (bias is None or hasattr(bias, "shape")):
+        bias = as_table("grouped_matmul", "bias", bias)
     args = (x, as_list(weight), expert_offsets, as_list(bias), transposed)
     return _grouped_matmul(*args) if out is None else _grouped_matmul.into(out, *args)
 
@@ -246,14 +250,17 @@ def experts(
     >>> ferromoe.experts(torch.tensor([[3.0]]), weights, ids, share)
     tensor([[16.5000]])
     """
-    if not isinstance(weights, ExpertWeights):
-        raise TypeError(f"experts: weights must be ExpertWeights, got {type(weights).__name__}")
+    _expert_weights("experts", weights)
+    _check.array("experts", "x", x)
+    _check.array("experts", "topk_ids", topk_ids)
+    _check.array("experts", "topk_weights", topk_weights)
     dtype = weights.dtype
     if x.dtype != dtype:
-        if str(x.dtype).endswith("float32") and str(dtype) in ("torch.bfloat16", "torch.float16"):
+        names = str(x.dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")
+        if names in (("float32", "bfloat16"), ("float32", "float16")):
             call = partial(experts, weight_on_input=weight_on_input, sentinel=sentinel)
-            narrow = call(x.to(dtype), weights, topk_ids, topk_weights, row_norm=row_norm)
-            return narrow.to(x.dtype)
+            narrow = call(_cast(x, dtype), weights, topk_ids, topk_weights, row_norm=row_norm)
+            return _cast(narrow, x.dtype)
         raise TypeError(
             f"experts: x must have the dtype of the weights ({dtype}), or be float32 over narrower "
             f"weights, got {x.dtype}"
@@ -268,6 +275,11 @@ def experts(
     gate_up, up, down, *biases = weights.operands()
     last = (*weights.options(), -1 if sentinel is None else sentinel, weight_on_input)
     return _experts(x, gate_up, up, down, topk_ids, topk_weights, *biases, *last)
+
+
+def _expert_weights(op: str, weights: Any) -> None:
+    if not isinstance(weights, ExpertWeights):
+        raise TypeError(f"{op}: weights must be ExpertWeights, got {type(weights).__name__}")
 
 
 def _by_parts(
@@ -286,6 +298,7 @@ def _by_parts(
             "experts: a Python activation or row_norm must go with experts of one width, got "
             f"widths {min(widths)} to {max(widths)}"
         )
+    _check.choice(x, topk_ids, topk_weights)
     plan = dispatch(topk_ids, num_experts=weights.num_experts, sentinel=sentinel)
     rows = permute(x, plan)
     if weight_on_input:
@@ -397,11 +410,11 @@ def moe(
     >>> ferromoe.moe(torch.zeros(2, 7, 5), torch.ones(4, 5), weights, top_k=2).shape
     torch.Size([2, 7, 5])
     """
-    if tuple(router_weight.shape) != (weights.num_experts, x.shape[-1]):
-        raise ValueError(
-            f"moe: router_weight must have shape [{weights.num_experts}, {x.shape[-1]}], got "
-            f"{list(router_weight.shape)}"
-        )
+    _expert_weights("moe", weights)
+    _check.array("moe", "x", x)
+    if len(x.shape) == 0:
+        raise ValueError("moe: x must have shape [..., H], got []")
+    _check.shape("moe", "router_weight", router_weight, weights.num_experts, x.shape[-1])
     tokens = x.reshape(-1, x.shape[-1])
     routing = route(_logits(tokens, router_weight), top_k=top_k, **route_options)
     out = experts(tokens, weights, routing.topk_ids, routing.topk_weights)

@@ -132,10 +132,16 @@ class ExpertWeights:
     activation: Any = "silu"
 
     def __post_init__(self) -> None:
-        if isinstance(self.activation, str):
+        activation: Any = self.activation
+        if isinstance(activation, str):
             # Made in advance: dynamo traces the look-up, and not the making.
-            made = _BY_NAME.get(self.activation) or Activation(self.activation)
+            made = _BY_NAME.get(activation) or Activation(activation)
             object.__setattr__(self, "activation", made)
+        elif not isinstance(activation, Activation):
+            raise TypeError(
+                "ExpertWeights: activation must be an Activation or the name of one, "
+                f"got {type(activation).__name__}"
+            )
         if self.packing not in PACKINGS:
             names = ", ".join(PACKINGS)
             raise ValueError(f"ExpertWeights: packing must be one of {names}, got {self.packing!r}")
@@ -150,7 +156,7 @@ class ExpertWeights:
             if weight is None and name not in ("gate_up", "down"):
                 continue
             if not hasattr(weight, "shape"):
-                object.__setattr__(self, name, _table(name, weight))
+                object.__setattr__(self, name, as_table("ExpertWeights", name, weight))
         counts = {name: _count(weight) for name, weight in self._named() if weight is not None}
         if len(set(counts.values())) > 1:
             raise ValueError(
@@ -225,12 +231,12 @@ def as_list(weight: Any) -> list[Any]:
     return list(weight) if isinstance(weight, (list, tuple)) else [weight]
 
 
-def _table(name: str, weight: Any) -> list[Any]:
+def as_table(op: str, name: str, weight: Any) -> list[Any]:
     """Return one array per expert as a list, whatever sequence they came in (ParameterList…)."""
     arrays = list(weight) if hasattr(weight, "__iter__") else []
     if not arrays or not all(hasattr(array, "shape") for array in arrays):
         raise TypeError(
-            f"ExpertWeights: {name} must be a tensor, or a sequence of one per expert, "
+            f"{op}: {name} must be a tensor, or a sequence of one per expert, "
             f"got {type(weight).__name__}"
         )
     return arrays

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..experts import moe, under_autocast
+from ..routing import route
 from ..types import Activation, ExpertWeights
 
 
@@ -67,8 +68,14 @@ class MoE(nn.Module):
         **route_options: Any,
     ) -> None:
         super().__init__()
+        sizes = {"hidden": hidden, "intermediate": intermediate, "num_experts": num_experts}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"MoE: {name} must be at least 1, got {size}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"MoE: top_k must lie in 1..{num_experts}, got {top_k}")
+        if not isinstance(bias, bool):
+            raise TypeError(f"MoE: bias must be a bool, got {type(bias).__name__}")
         self.top_k = top_k
         self.gated = gated
         self.activation = Activation(activation) if isinstance(activation, str) else activation
@@ -84,6 +91,7 @@ class MoE(nn.Module):
         self.gate_up_proj_bias = empty(columns) if bias else None
         self.down_proj_bias = empty(hidden) if bias else None
         self.reset_parameters()
+        self._check_options()
 
     def reset_parameters(self) -> None:
         """Draw weights as `torch.nn.Linear` would for each expert; biases are zero."""
@@ -93,6 +101,12 @@ class MoE(nn.Module):
         for bias in (self.gate_up_proj_bias, self.down_proj_bias):
             if bias is not None:
                 nn.init.zeros_(bias)
+
+    def _check_options(self) -> None:
+        """Fail now on options that every forward would refuse: route no token at all."""
+        ExpertWeights.of(self)
+        no_logits = torch.empty(0, self.router.shape[0])
+        route(no_logits, top_k=self.top_k, **self.route_options)
 
     @property
     def weights(self) -> ExpertWeights:
