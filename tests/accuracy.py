@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import ferromoe
+
 
 def assert_as_accurate(
     out: Tensor, torch_out: Tensor, exact: Tensor, dtype: torch.dtype | None = None
@@ -24,3 +26,9 @@ def assert_as_accurate(
 def largest(values: Tensor) -> float:
     """Largest magnitude, 0 for an empty tensor."""
     return float(values.abs().max()) if values.numel() else 0.0
+
+
+def same_bits(a: ferromoe.Routing, b: ferromoe.Routing) -> bool:
+    """Whether two routings are equal, NaN to NaN."""
+    weights = torch.equal(a.topk_weights.nan_to_num(-7), b.topk_weights.nan_to_num(-7))
+    return weights and torch.equal(a.topk_ids, b.topk_ids)

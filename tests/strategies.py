@@ -78,3 +78,10 @@ def route_options(draw: st.DrawFn, num_experts: int, top_k: int) -> dict[str, An
     options.update(num_groups=groups, topk_groups=kept, group_fill=fill)
     options["group_score"] = draw(st.sampled_from(choices))
     return options
+
+
+@st.composite
+def route_calls(draw: st.DrawFn, dtypes: Any = None) -> tuple[Tensor, dict[str, Any]]:
+    """Logits and the keyword arguments of `route`."""
+    logits, top_k = draw(router_logits(dtypes))
+    return logits, {"top_k": top_k, **draw(route_options(logits.shape[1], top_k))}

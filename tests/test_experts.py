@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -152,9 +151,7 @@ def test_float32_numpy_tokens_over_float16_weights(row_norm: Callable[[Any], Any
     x, weights, ids, share = make(torch.float16)
     expected = ferromoe.experts(x.float(), weights, ids, share, row_norm=row_norm)
     arrays = ExpertWeights(weights.gate_up.numpy(), weights.down.numpy())
-    out = ferromoe.experts(
-        x.float().numpy(), arrays, ids.numpy(), share.numpy(), row_norm=row_norm
-    )
+    out = ferromoe.experts(x.float().numpy(), arrays, ids.numpy(), share.numpy(), row_norm=row_norm)
     assert out.dtype == np.float32
     np.testing.assert_array_equal(out, expected.numpy())
 
@@ -217,60 +214,6 @@ def test_experts_of_different_width_refuse_python_between_their_products() -> No
     )
     with pytest.raises(NotImplementedError, match="experts of one width, got widths 1 to 5"):
         ferromoe.experts(x, table, ids, share, row_norm=lambda rows: rows)
-
-
-def test_moe_is_route_then_experts() -> None:
-    x, weights, _, _ = make()
-    router = torch.randn(E, H, generator=torch.Generator().manual_seed(2))
-    routing = ferromoe.route(x @ router.T, top_k=K, renorm="sum")
-    out = ferromoe.moe(x[None], router, weights, top_k=K, renorm="sum")
-    expected = ferromoe.experts(x, weights, routing.topk_ids, routing.topk_weights)
-    torch.testing.assert_close(out[0], expected)
-
-
-def test_the_module_learns() -> None:
-    torch.manual_seed(0)
-    layer = ferromoe.nn.MoE(H, I, E, K, bias=True, renorm="sum")
-    optimiser = torch.optim.Adam(layer.parameters(), lr=1e-2)
-    x, target = torch.randn(64, H), torch.randn(64, H)
-    losses = []
-    for _ in range(30):
-        loss = (layer(x) - target).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.7 * losses[0]
-    assert all(p.grad is not None for p in layer.parameters())
-
-
-def test_the_router_stays_in_float32_under_autocast() -> None:
-    torch.manual_seed(0)
-    layer, x = ferromoe.nn.MoE(H, I, E, K), torch.randn(T, H)
-    expected = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(x), expected)
-        narrow = layer(x.bfloat16())
-    assert narrow.dtype == torch.bfloat16
-    torch.testing.assert_close(narrow, layer(x.bfloat16().float()).bfloat16())
-
-
-def test_a_copied_module_is_its_own() -> None:
-    layer = ferromoe.nn.MoE(H, I, E, K)
-    twin, x = copy.deepcopy(layer), torch.randn(T, H)
-    before = twin(x)
-    torch.nn.init.zeros_(layer.down_proj)
-    assert torch.equal(twin(x), before)
-    assert not layer(x).any()
-
-
-def test_the_module_round_trips_through_its_state() -> None:
-    layer = ferromoe.nn.MoE(H, I, E, K, gated=False, activation="relu")
-    twin = ferromoe.nn.MoE(H, I, E, K, gated=False, activation="relu")
-    twin.load_state_dict(layer.state_dict())
-    x = torch.randn(2, 3, H)
-    assert torch.equal(layer(x), twin(x))
-    assert ExpertWeights.of(layer).num_experts == E
 
 
 def test_a_parameter_list_is_a_table() -> None:
@@ -396,9 +339,3 @@ def test_ids_outside_are_refused_by_the_reference_too() -> None:
         pytest.raises(ValueError, match=r"topk_ids must lie in -1\.\.4, got"),
     ):
         ferromoe.experts(x, weights, ids + E, share)
-
-
-def test_a_router_for_other_experts_is_refused() -> None:
-    x, weights, _, _ = make()
-    with pytest.raises(ValueError, match=r"router_weight must have shape \[5, 20\], got \[3, 20\]"):
-        ferromoe.moe(x, torch.zeros(3, H), weights, top_k=2)

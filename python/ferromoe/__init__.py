@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 from ._core import __version__, get_num_threads, release_memory, set_num_threads
 from ._op import use_backend
 from .dispatch import dispatch, padded_offsets, permute, unpermute
-from .experts import experts, grouped_matmul, moe
+from .experts import experts
+from .grouped import grouped_matmul
+from .moe import moe
 from .routing import route
 from .types import Activation, Dispatch, ExpertWeights, Routing
 

@@ -1,4 +1,4 @@
-"""Expert matmuls: one grouped product, and a whole layer of experts."""
+"""A whole layer of experts: two projections with an activation between them."""
 
 from __future__ import annotations
 
@@ -9,65 +9,8 @@ from typing import Any
 from . import _check, _core
 from ._op import Operator, specification
 from .dispatch import dispatch, permute, unpermute
-from .routing import route
-from .types import ExpertWeights, as_list, as_table
-
-
-def _columns(weight: Sequence[Any], transposed: bool) -> int:
-    return int(weight[0].shape[-1 if transposed else -2])
-
-
-def _grouped_save(args: Sequence[Any], output: Any) -> Sequence[Any]:
-    x, weight, expert_offsets, bias, transposed = args
-    return x, list(weight), expert_offsets, bool(bias) and bias[0].ndim == 2, transposed
-
-
-def _grouped_backward(saved: Sequence[Any], needs: Sequence[bool], grad: Any) -> Sequence[Any]:
-    x, weight, expert_offsets, bias_is_stacked, transposed = saved
-    num_experts = expert_offsets.shape[0] - 1
-    dx = dweight = dbias = None
-    if needs[0]:
-        dx = _grouped_matmul(grad, weight, expert_offsets, [], not transposed)
-    if needs[1]:
-        stacked = _wgrad(x, grad, expert_offsets, num_experts, transposed)
-        dweight = [stacked] if weight[0].ndim == 3 else list(stacked.unbind())
-    if needs[3]:
-        sums = _grouped_sum(grad, expert_offsets, num_experts)
-        dbias = [sums] if bias_is_stacked else list(sums.unbind())
-    return dx, dweight, None, dbias, None
-
-
-_grouped_matmul = Operator(
-    "grouped_matmul",
-    schema="(Tensor x, Tensor[] weight, Tensor expert_offsets, Tensor[] bias, bool transposed)"
-    " -> Tensor",
-    kernel=_core.grouped_matmul,
-    reference=specification("experts", "grouped_matmul"),
-    check=_check.grouped_matmul,
-    fake=lambda x, w, offsets, bias, t: x.new_empty(x.shape[0], _columns(w, t)),
-    save=_grouped_save,
-    backward=_grouped_backward,
-)
-
-_wgrad = Operator(
-    "grouped_matmul_wgrad",
-    schema="(Tensor x, Tensor grad, Tensor expert_offsets, int num_experts, bool transposed)"
-    " -> Tensor",
-    kernel=_core.grouped_matmul_wgrad,
-    reference=specification("experts", "grouped_matmul_wgrad"),
-    fake=lambda x, grad, offsets, num_experts, transposed: x.new_empty(
-        num_experts,
-        *((x.shape[1], grad.shape[1]) if transposed else (grad.shape[1], x.shape[1])),
-    ),
-)
-
-_grouped_sum = Operator(
-    "grouped_sum",
-    schema="(Tensor grad, Tensor expert_offsets, int num_experts) -> Tensor",
-    kernel=_core.grouped_sum,
-    reference=specification("experts", "grouped_sum"),
-    fake=lambda grad, offsets, num_experts: grad.new_empty(num_experts, grad.shape[1]),
-)
+from .grouped import columns, grouped_matmul
+from .types import ExpertWeights, as_list
 
 _ARGUMENTS = (
     "Tensor x, Tensor[] gate_up, Tensor[] up, Tensor[] down, Tensor topk_ids, Tensor topk_weights,"
@@ -102,7 +45,7 @@ _experts = Operator(
     reference=specification("experts", "experts"),
     check=_check.experts,
     fake=lambda x, gate_up, up, down, ids, w, gb, ub, db, packing, transposed, *_: x.new_empty(
-        x.shape[0], _columns(down, transposed)
+        x.shape[0], columns(down, transposed)
     ),
     save=lambda args, _: args,
     backward=_experts_gradients,
@@ -140,59 +83,6 @@ _experts_backward = Operator(
     reference=specification("experts", "experts_backward"),
     fake=_fake_backward,
 )
-
-
-def grouped_matmul(
-    x: Any,
-    weight: Any,
-    expert_offsets: Any,
-    *,
-    bias: Any = None,
-    transposed: bool = False,
-    out: Any = None,
-) -> Any:
-    """Multiply each expert's rows by that expert's matrix.
-
-    Parameters
-    ----------
-    x : Tensor [R, K]
-        Rows in expert order, as `permute` gives them; rows after the last expert's may follow.
-    weight : Tensor [E, N, K] or list of Tensor [N, K]
-        One matrix per expert, of the dtype of `x`.
-    expert_offsets : Tensor [E + 1]
-        int32; expert `e` owns rows ``expert_offsets[e]:expert_offsets[e + 1]``.
-    bias : Tensor [E, N] or list of Tensor [N], optional
-        Added to every row of its expert.
-    transposed : bool
-        Matrices are stored [K, N] and applied as ``x @ weight[e]``.
-    out : Tensor [R, N], optional
-        Contiguous memory for the result; only where no gradient is needed.
-
-    Returns
-    -------
-    Tensor [R, N]
-        ``x[rows of e] @ weight[e].T + bias[e]``; zero after the last expert's rows.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, or the offsets do not begin with 0, decrease, or pass the rows.
-    TypeError
-        If the dtypes of `x` and `weight` differ.
-
-    Examples
-    --------
-    >>> x = torch.tensor([[1.0], [2.0], [3.0]])
-    >>> weight = torch.tensor([[[10.0]], [[100.0]]])
-    >>> ferromoe.grouped_matmul(x, weight, torch.tensor([0, 1, 3], dtype=torch.int32)).flatten()
-    tensor([ 10., 200., 300.])
-    """
-    if not hasattr(weight, "shape"):
-        weight = as_table("grouped_matmul", "weight", weight)
-    if not (bias is None or hasattr(bias, "shape")):
-        bias = as_table("grouped_matmul", "bias", bias)
-    args = (x, as_list(weight), expert_offsets, as_list(bias), transposed)
-    return _grouped_matmul(*args) if out is None else _grouped_matmul.into(out, *args)
 
 
 def experts(
@@ -250,7 +140,7 @@ def experts(
     >>> ferromoe.experts(torch.tensor([[3.0]]), weights, ids, share)
     tensor([[16.5000]])
     """
-    _expert_weights("experts", weights)
+    require_weights("experts", weights)
     _check.array("experts", "x", x)
     _check.array("experts", "topk_ids", topk_ids)
     _check.array("experts", "topk_weights", topk_weights)
@@ -277,7 +167,8 @@ def experts(
     return _experts(x, gate_up, up, down, topk_ids, topk_weights, *biases, *last)
 
 
-def _expert_weights(op: str, weights: Any) -> None:
+def require_weights(op: str, weights: Any) -> None:
+    """Fail on weights of another class."""
     if not isinstance(weights, ExpertWeights):
         raise TypeError(f"{op}: weights must be ExpertWeights, got {type(weights).__name__}")
 
@@ -325,7 +216,7 @@ def _activated(hidden: Any, up: Any, weights: ExpertWeights) -> Any:
 
     from .reference.experts import activate
 
-    if not _is_torch(hidden):
+    if not is_torch(hidden):
         up = None if up is None else torch.from_numpy(up)
         return _activated(torch.from_numpy(hidden), up, weights).numpy()
     gate = hidden
@@ -338,7 +229,7 @@ def _activated(hidden: Any, up: Any, weights: ExpertWeights) -> Any:
 
 
 def _joined(gate: Any, up: Any) -> Any:
-    if _is_torch(gate):
+    if is_torch(gate):
         import torch
 
         return torch.cat([gate, up], dim=-1)
@@ -347,75 +238,10 @@ def _joined(gate: Any, up: Any) -> Any:
     return numpy.concatenate([gate, up], axis=-1)
 
 
-def _is_torch(array: Any) -> bool:
+def is_torch(array: Any) -> bool:
+    """Whether an array is torch's."""
     return hasattr(array, "requires_grad")
 
 
 def _cast(array: Any, dtype: Any) -> Any:
-    return array.to(dtype) if _is_torch(array) else array.astype(dtype, copy=False)
-
-
-def _widened(array: Any) -> Any:
-    """Return at least float32: rounding the logits to bfloat16 would make ties."""
-    if array.dtype.itemsize >= 4:
-        return array
-    return array.float() if hasattr(array, "float") else array.astype("float32")
-
-
-def _logits(tokens: Any, router_weight: Any) -> Any:
-    tokens, router_weight = _widened(tokens), _widened(router_weight)
-    if _is_torch(tokens):
-        import torch
-
-        if under_autocast(tokens):
-            with torch.autocast(tokens.device.type, enabled=False):  # it would narrow the product
-                return tokens @ router_weight.T
-    return tokens @ router_weight.T
-
-
-def under_autocast(tensor: Any) -> bool:
-    """Whether autocast is on for the device of a tensor."""
-    import torch
-
-    # The meta device has none, and asking for it is an error.
-    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
-
-
-def moe(
-    x: Any, router_weight: Any, weights: ExpertWeights, *, top_k: int, **route_options: Any
-) -> Any:
-    """Run a whole MoE block: router, choice, experts.
-
-    Parameters
-    ----------
-    x : Tensor [..., H]
-        Token rows.
-    router_weight : Tensor [E, H]
-        Rows of the router; its logits are computed in float32.
-    weights : ExpertWeights
-        The experts.
-    top_k : int
-        Experts per token.
-    **route_options
-        Passed to `route`: score, renorm, bias and so on.
-
-    Returns
-    -------
-    Tensor [..., H]
-        `experts` of the tokens by `route` of their logits.
-
-    Examples
-    --------
-    >>> weights = ferromoe.ExpertWeights(torch.ones(4, 2 * 3, 5), torch.ones(4, 5, 3))
-    >>> ferromoe.moe(torch.zeros(2, 7, 5), torch.ones(4, 5), weights, top_k=2).shape
-    torch.Size([2, 7, 5])
-    """
-    _expert_weights("moe", weights)
-    _check.array("moe", "x", x)
-    if len(x.shape) == 0:
-        raise ValueError("moe: x must have shape [..., H], got []")
-    _check.shape("moe", "router_weight", router_weight, weights.num_experts, x.shape[-1])
-    tokens = x.reshape(-1, x.shape[-1])
-    routing = route(_logits(tokens, router_weight), top_k=top_k, **route_options)
-    out = experts(tokens, weights, routing.topk_ids, routing.topk_weights)
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+    return array.to(dtype) if is_torch(array) else array.astype(dtype, copy=False)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..experts import moe, under_autocast
+from ..moe import moe, under_autocast
 from ..routing import route
 from ..types import Activation, ExpertWeights
 
