@@ -13,7 +13,17 @@ from .types import Activation, Dispatch, ExpertWeights, Routing
 
 if TYPE_CHECKING:
     from . import nn
+    from .capacity import expert_capacity, limit_capacity, skip_experts
     from .integrations.transformers import disable, enable
+
+# Where names stand that are loaded when first asked for: they need torch or transformers.
+_LATER = {
+    "disable": ".integrations.transformers",
+    "enable": ".integrations.transformers",
+    "expert_capacity": ".capacity",
+    "limit_capacity": ".capacity",
+    "skip_experts": ".capacity",
+}
 
 __all__ = [
     "Activation",
@@ -24,9 +34,11 @@ __all__ = [
     "disable",
     "dispatch",
     "enable",
+    "expert_capacity",
     "experts",
     "get_num_threads",
     "grouped_matmul",
+    "limit_capacity",
     "moe",
     "nn",
     "padded_offsets",
@@ -34,6 +46,7 @@ __all__ = [
     "release_memory",
     "route",
     "set_num_threads",
+    "skip_experts",
     "unpermute",
     "use_backend",
 ]
@@ -49,6 +62,6 @@ def __getattr__(name: str) -> Any:
 
     if name == "nn":
         return importlib.import_module(".nn", __name__)
-    if name in ("enable", "disable"):
-        return getattr(importlib.import_module(".integrations.transformers", __name__), name)
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
