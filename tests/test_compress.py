@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from checkpoints import FAMILIES, fuse, write
+from checkpoints import FAMILIES, draw_tokens, fuse, write
 from ferromoe import compress
 from ferromoe.compress import Plan
 from ferromoe.compress.calibrate import calibrate, listening
@@ -28,7 +28,6 @@ from ferromoe.compress.stats import LayerStatistics
 from ferromoe.compress.stream import LayerStream
 from ferromoe.compress.text import BATCH, read_corpus
 from ferromoe.families import SAMPLE, families, open_checkpoint
-from test_transformers import draw_tokens
 
 TEXT = bytes(range(256)) * 3
 KEPT = {"mixtral_top1": 2, "deepseek_v3": 8}

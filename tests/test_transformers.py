@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -12,96 +11,8 @@ from torch import Tensor
 
 import ferromoe
 import ferromoe.integrations.transformers as integration
+from checkpoints import FAMILIES, draw_tokens, make
 from ferromoe import ExpertWeights
-
-COMMON = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("Mixtral", {"num_local_experts": 6, "intermediate_size": 40}),
-    "mixtral_top1": (
-        "Mixtral",
-        {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 40},
-    ),
-    "qwen3_moe": (
-        "Qwen3Moe",
-        {
-            "num_experts": 8,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 24,
-            "head_dim": 8,
-            "norm_topk_prob": True,
-        },
-    ),
-    "olmoe": ("Olmoe", {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 24}),
-    "deepseek_v3": (
-        "DeepseekV3",
-        {
-            "num_key_value_heads": 4,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 4,
-            "n_group": 2,
-            "topk_group": 1,
-            "moe_intermediate_size": 24,
-            "intermediate_size": 48,
-            "first_k_dense_replace": 1,
-            "kv_lora_rank": 16,
-            "q_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-        },
-    ),
-    "gpt_oss": (
-        "GptOss",
-        {
-            "num_local_experts": 6,
-            "num_experts_per_tok": 3,
-            "intermediate_size": 28,
-            "head_dim": 8,
-            "sliding_window": 16,
-        },
-    ),
-    "nemotron_h": (
-        "NemotronH",
-        {
-            "hybrid_override_pattern": "*E*E",
-            "num_hidden_layers": 4,
-            "n_routed_experts": 6,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "moe_intermediate_size": 20,
-            "moe_shared_expert_intermediate_size": 24,
-            "intermediate_size": 48,
-            "head_dim": 8,
-        },
-    ),
-}
-
-
-def make(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    name, sizes = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**(COMMON | sizes | changes))
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    # Default initialisation is small enough for experts to hardly matter.
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return model.to(dtype).eval()
-
-
-def draw_tokens() -> Tensor:
-    return torch.randint(3, 64, (2, 17), generator=torch.Generator().manual_seed(1))
 
 
 def distance(a: Tensor, b: Tensor) -> float:

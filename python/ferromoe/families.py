@@ -3,6 +3,12 @@
 `families.json` holds one record per family; a new family is a new record. Names are those of the
 files on disk, with ``{l}`` for the decoder layer and ``{e}`` for the expert (names without ``{e}``
 hold all experts, first axis). A record's `layouts` are tried in order.
+
+What `route` is to be called with stands in four places: `route` holds what is the same for every
+model of the family, `route_keys` says which key of the config an argument is read from, `route_if`
+which arguments hold where a flag of the config is true, and `per_expert_vectors` names the argument
+that a tensor is (null: it is a part of the logits). `defaults` are the values that transformers
+takes for keys that a config.json lacks.
 """
 
 from __future__ import annotations
@@ -64,6 +70,18 @@ class Checkpoint:
     """Blocks of experts that group-limited routing chooses among; 1 elsewhere."""
 
     @property
+    def route(self) -> dict[str, Any]:
+        """Arguments of `ferromoe.route` that reproduce the model's router, but for its tensors."""
+        return route_arguments(self.record, self.config)
+
+    @property
+    def weighs_against_all(self) -> bool:
+        """Whether the weight of a chosen expert changes when experts that are not chosen go."""
+        route = self.route
+        late = route.get("topk_on") == "logits"
+        return route["score"] == "softmax" and not late and "renorm" not in route
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The part of the config that describes the language model."""
         return _settings(self.config)
@@ -122,6 +140,22 @@ def families() -> dict[str, dict[str, Any]]:
     return found
 
 
+def route_arguments(record: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return what `ferromoe.route` takes, but for `top_k` and tensors, to route as the model does.
+
+    A key that is null or 0 in the config leaves the argument at `route`'s own default.
+    """
+    settings = {**record.get("defaults", {}), **_settings(config)}
+    arguments: dict[str, Any] = dict(record["route"])
+    for argument, key in record.get("route_keys", {}).items():
+        if settings[key]:
+            arguments[argument] = settings[key]
+    for flag, more in record.get("route_if", {}).items():
+        if settings[flag]:
+            arguments.update(more)
+    return arguments
+
+
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = config.get("text_config", config)
     return nested
@@ -171,6 +205,12 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             raise ValueError(
                 f"checkpoint: {key} of {folder} must be a whole number, got {settings[key]!r}"
             )
+    groups = route_arguments(record, config).get("num_groups", 1)
+    if not isinstance(groups, int) or groups < 1 or counts[0] % groups:
+        raise ValueError(
+            f"checkpoint: routing groups of {folder} must divide its {counts[0]} experts, got "
+            f"{groups!r}"
+        )
     layout, layers = _layers(folder, record, tensors, counts[0])
     return Checkpoint(
         folder=folder,
@@ -183,7 +223,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         transposed=layout.get("transposed", False),
         num_experts=counts[0],
         top_k=settings[record["top_k_key"]],
-        num_groups=settings.get(record.get("groups_key", ""), 1) or 1,
+        num_groups=groups,
     )
 
 

@@ -186,7 +186,7 @@ def check_budget(checkpoint: Checkpoint, experts: int) -> None:
             f"and the experts there are, got {experts}"
         )
     if blocks > 1:
-        kept = checkpoint.settings.get(checkpoint.record["topk_groups_key"], 1)
+        kept = checkpoint.route.get("topk_groups", 1)
         if experts % blocks or experts // blocks < 2 or kept * (experts // blocks) < top_k:
             raise ValueError(
                 f"plan: experts must be a multiple of the {blocks} routing groups, with 2 or more "
