@@ -53,6 +53,18 @@ def test_from_a_checkpoint_to_a_smaller_one(model: Path, tmp_path: Path) -> None
     assert "bits per byte" in measured.stdout
 
 
+def test_a_warning_is_one_line(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("few tokens")
+    plan = ["plan", write("olmoe", tmp_path / "model"), "--method", "m-smoe", "--experts", "4"]
+    done = ferromoe(*plan, "--calibrate", text, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    warned = [line for line in done.stderr.splitlines() if line.startswith("warning: plan: ")]
+    assert len(warned) == 2, done.stderr
+    assert warned[1].endswith("calibrate with more text")
+    assert "UserWarning" not in done.stderr
+
+
 def test_ctrl_c_exits_with_130(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(256)) * 4000)

@@ -29,6 +29,11 @@ from ferromoe.compress.stream import LayerStream
 from ferromoe.compress.text import BATCH, read_corpus
 from ferromoe.families import SAMPLE, families, open_checkpoint
 
+# What tiny models, and texts that few tokens make, are warned of.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:plan. fewer than 32 tokens:UserWarning"),
+    pytest.mark.filterwarnings("ignore:plan. the weights of this model's router:UserWarning"),
+]
 TEXT = bytes(range(256)) * 3
 KEPT = {"mixtral_top1": 2, "deepseek_v3": 8}
 

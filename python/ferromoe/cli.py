@@ -7,6 +7,7 @@ command needs is imported inside it, so that the others start quickly.
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,8 @@ Progress = Annotated[str, typer.Option(help="How to tell progress on stderr: bar
 
 
 def main() -> None:
-    """Run the command line, with one sentence in place of a traceback."""
+    """Run the command line, with one sentence in place of a traceback or of a warning's source."""
+    warnings.showwarning = _warn
     try:
         # An interrupted command comes back as a status, or as an exception from outside it.
         status = app(standalone_mode=False) or 0
@@ -54,6 +56,11 @@ def main() -> None:
     if status == INTERRUPTED:
         _fail("stopped; an apply goes on where it was when it is called again", INTERRUPTED)
     sys.exit(status)
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    console = Console(stderr=True, highlight=False)
+    console.print(f"[yellow]warning:[/yellow] {escape(str(message))}", soft_wrap=True)
 
 
 def _fail(sentence: str, status: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -249,6 +250,13 @@ def make_plan(
     check_known(checkpoint)
     if form == "compact":
         check_budget(checkpoint, experts)
+        if experts < checkpoint.num_experts and checkpoint.weighs_against_all:
+            warnings.warn(
+                "plan: the weights of this model's router are not renormalised, so those of the "
+                "experts that stay grow by what the others had; compare both models with "
+                "`ferromoe eval`",
+                stacklevel=2,
+            )
     elif not 1 <= experts <= checkpoint.num_experts:
         raise ValueError(f"plan: experts must lie in 1..{checkpoint.num_experts}, got {experts}")
     tell = progress or (lambda done, total, what: None)
@@ -262,6 +270,7 @@ def make_plan(
         from .calibrate import calibrate as collect
 
         statistics = collect(checkpoint, calibrate, progress=tell)
+        statistics.warn_of_rare_experts(stacklevel=2)
     layers = found.plan(checkpoint, experts, form, statistics, tell, **params)
     align = "none"
     if found.aligns and any(len(group) > 1 for layer in layers for group in layer.groups):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# Of an expert that fewer tokens chose, the share and the company are mostly chance.
+RELIABLE = 32
 
 
 @dataclass
@@ -57,3 +61,15 @@ class Statistics:
 
     layers: list[LayerStatistics]
     tokens: int
+
+    def warn_of_rare_experts(self, *, stacklevel: int) -> None:
+        """Warn if few tokens chose some of the experts; `stacklevel` as seen by the caller."""
+        rare = [int((layer.count < RELIABLE).sum()) for layer in self.layers]
+        if any(rare):
+            experts = sum(len(layer.count) for layer in self.layers)
+            warnings.warn(
+                f"plan: fewer than {RELIABLE} tokens of the calibration text chose {sum(rare)} of "
+                f"{experts} experts, in {sum(map(bool, rare))} of {len(rare)} layers; calibrate "
+                "with more text",
+                stacklevel=stacklevel + 1,
+            )
