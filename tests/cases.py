@@ -269,6 +269,11 @@ CASES = [
         lambda z, scale, **rest: ferromoe.route(z, expert_scale=scale, **rest),
         _draw_scaled,
     ),
+    Case(
+        "route_topp",
+        lambda z, top_k: ferromoe.route_topp(z, p=0.6, max_k=top_k, renorm="sum"),
+        _draw_logits,
+    ),
     Case("dispatch", ferromoe.dispatch, _draw_ids, differentiable=False),
     Case("permute", lambda x, plan: ferromoe.permute(x, plan), _draw_permute),
     Case("unpermute", lambda y, w, plan: ferromoe.unpermute(y, plan, w), _draw_unpermute),

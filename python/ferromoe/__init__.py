@@ -9,6 +9,7 @@ from .experts import experts
 from .grouped import grouped_matmul
 from .moe import moe
 from .routing import route
+from .topp import experts_per_token, route_topp
 from .types import Activation, Dispatch, ExpertWeights, Routing
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "enable",
     "expert_capacity",
     "experts",
+    "experts_per_token",
     "get_num_threads",
     "grouped_matmul",
     "limit_capacity",
@@ -45,6 +47,7 @@ __all__ = [
     "permute",
     "release_memory",
     "route",
+    "route_topp",
     "set_num_threads",
     "skip_experts",
     "unpermute",

@@ -119,11 +119,13 @@ def boolean(op: str, arg: str, value: Any, other: Any, *expected: int) -> None:
     same_device(op, arg, value, other)
 
 
-def _router(router_logits: Any, expert_mask: Any, options: Sequence[Any]) -> tuple[int, int]:
+def _router(
+    router_logits: Any, expert_mask: Any, options: Sequence[Any], op: str = "route"
+) -> tuple[int, int]:
     """Check what every part of `route` begins with, and return T and the experts of the choice."""
-    tokens, num_experts = shape("route", "router_logits", router_logits, "T", "E")
+    tokens, num_experts = shape(op, "router_logits", router_logits, "T", "E")
     _core.check_route(num_experts, *options)
-    dtype("route", "router_logits", router_logits, *_FLOATS)
+    dtype(op, "router_logits", router_logits, *_FLOATS)
     routed = num_experts - options[-1]
     if expert_mask is not None:
         array("route", "expert_mask", expert_mask)
@@ -170,6 +172,17 @@ def route_stats(
     if options[1] == "identity":
         words = "go with a score that makes probabilities"
         raise ValueError(f"route: stats must {words}, got score 'identity'")
+
+
+def route_topp(router_logits: Any, p: float, min_k: int, *options: Any) -> None:
+    _router(router_logits, None, options, op="route_topp")
+    if p != p:
+        raise ValueError("route_topp: p must be a number, got nan")
+    if not 0 <= min_k <= options[0]:
+        raise ValueError(
+            f"route_topp: min_k must lie in 0..{options[0]}, the most experts a token may get, "
+            f"got {min_k}"
+        )
 
 
 def dispatch(topk_ids: Any, num_experts: int, no_expert: int | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .dispatch import dispatch
-from .routing import _rows
+from .routing import flat_rows
 from .types import Routing
 
 
@@ -116,13 +116,13 @@ def limit_capacity(
             f"limit_capacity: topk_weights must have the shape of topk_ids, {list(ids.shape)}, "
             f"got {list(weights.shape)}"
         )
-    order = _POLICIES[policy](_rows(weights.detach()), _rows(ids))
+    order = _POLICIES[policy](flat_rows(weights.detach()), flat_rows(ids))
     queue = ids.flatten()[order]
     try:
         # The sort is stable: each expert's rows stand in order of importance.
         plan = dispatch(queue[:, None], num_experts=num_experts)
     except ValueError:
-        dispatch(_rows(ids), num_experts=num_experts)  # names the caller's slot, not the queue's
+        dispatch(flat_rows(ids), num_experts=num_experts)  # names the caller's slot, not the queue's
         raise
     begin = plan.expert_offsets[queue.clamp(min=0).long()]
     row = plan.row_of_slot[:, 0]

@@ -11,7 +11,7 @@ from ._op import Operator, specification
 from .types import Routing
 
 # What the operators below take behind their tensors.
-_OPTIONS = (
+OPTIONS = (
     "int top_k, str score, str topk_on, int num_groups, int topk_groups, str group_score, "
     "float group_fill, str? renorm, float p, float eps, float scale, float logit_scale, "
     "float? softcap, int num_shared"
@@ -45,7 +45,7 @@ def _route_gradients(
 
 _route = Operator(
     "route",
-    schema=f"(Tensor router_logits, Tensor? bias, Tensor? expert_mask, {_OPTIONS})"
+    schema=f"(Tensor router_logits, Tensor? bias, Tensor? expert_mask, {OPTIONS})"
     " -> (Tensor, Tensor)",
     kernel=_core.route,
     reference=specification("routing", "route"),
@@ -58,7 +58,7 @@ _route = Operator(
 
 _route_weights = Operator(
     "route_weights",
-    schema=f"(Tensor router_logits, Tensor topk_ids, Tensor? expert_mask, {_OPTIONS}) -> Tensor",
+    schema=f"(Tensor router_logits, Tensor topk_ids, Tensor? expert_mask, {OPTIONS}) -> Tensor",
     kernel=_core.route_weights,
     reference=specification("routing", "route_weights"),
     check=_check.route_weights,
@@ -72,7 +72,7 @@ _route_weights = Operator(
 _route_backward = Operator(
     "route_backward",
     schema="(Tensor grad, Tensor router_logits, Tensor topk_ids, Tensor? expert_mask, bool biased, "
-    f"{_OPTIONS}) -> Tensor",
+    f"{OPTIONS}) -> Tensor",
     kernel=_core.route_backward,
     reference=specification("routing", "route_backward"),
     fake=lambda grad, router_logits, *_: router_logits.new_empty(router_logits.shape),
@@ -100,7 +100,7 @@ def _stats_gradients(
 _route_stats = Operator(
     "route_stats",
     schema="(Tensor router_logits, Tensor topk_ids, Tensor? expert_mask, Tensor? padding_mask, "
-    f"int num_sequences, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"int num_sequences, {OPTIONS}) -> (Tensor, Tensor)",
     kernel=_core.route_stats,
     reference=specification("routing", "route_stats"),
     check=_check.route_stats,
@@ -112,7 +112,7 @@ _route_stats = Operator(
 _route_stats_backward = Operator(
     "route_stats_backward",
     schema="(Tensor grad, Tensor router_logits, Tensor? expert_mask, Tensor? padding_mask, "
-    f"int num_sequences, {_OPTIONS}) -> Tensor",
+    f"int num_sequences, {OPTIONS}) -> Tensor",
     kernel=_core.route_stats_backward,
     reference=specification("routing", "route_stats_backward"),
     fake=lambda grad, router_logits, *_: router_logits.new_empty(router_logits.shape),
@@ -229,30 +229,16 @@ def route(
     """
     shape: tuple[int, ...] = getattr(router_logits, "shape", ())
     lead = shape[:-1]
-    matrix = _rows(router_logits)
+    matrix = flat_rows(router_logits)
     name, p = (renorm, 0.0) if renorm is None or isinstance(renorm, str) else ("a number", renorm)
-    options = (
-        top_k,
-        score,
-        topk_on,
-        num_groups,
-        topk_groups,
-        group_score,
-        group_fill,
-        name,
-        p,
-        eps,
-        scale,
-        logit_scale,
-        softcap,
-        num_shared,
-    )
+    groups = num_groups, topk_groups, group_score, group_fill
+    options = top_k, score, topk_on, *groups, name, p, eps, scale, logit_scale, softcap, num_shared
     if expert_mask is not None and len(getattr(expert_mask, "shape", ())) > 1:
-        expert_mask = _rows(expert_mask)
+        expert_mask = flat_rows(expert_mask)
     if ids is None:
         weights, ids = _route(matrix, bias, expert_mask, *options)
     else:
-        ids = _rows(ids)
+        ids = flat_rows(ids)
         weights = _route_weights(matrix, ids, expert_mask, *options)
     counts = prob_sums = None
     if stats:
@@ -276,7 +262,7 @@ def route(
     return Routing(weights, ids, counts, prob_sums)
 
 
-def _rows(array: Any) -> Any:
+def flat_rows(array: Any) -> Any:
     """Flatten all axes but the last."""
     shape: tuple[int, ...] = getattr(array, "shape", ())
     return array if len(shape) in (0, 2) else array.reshape(prod(shape[:-1]), shape[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -154,6 +155,21 @@ def route_weights(
     """Weights `[T, K]` of experts that are given."""
     z = prepare(router_logits, expert_mask, logit_scale, softcap, num_shared)
     return weigh(z, topk_ids, score, topk_on, top_k, renorm, p, eps, scale)
+
+
+def route_topp(
+    router_logits: Tensor, p: float, min_k: int, max_k: int, score: str, *options: Any
+) -> Tensor:
+    """Ids `[T, max_k]` of the best experts up to the first whose running sum exceeds `p`."""
+    z = prepare(router_logits, None, *options[-3:])
+    ids = best(z, max_k)
+    # Not cumsum, which runs in float64 on a CPU.
+    before = list(
+        accumulate(SCORES[score](z).gather(-1, ids).unbind(-1), initial=z.new_zeros(len(z)))
+    )
+    enough = [total > torch.tensor(p, dtype=z.dtype) for total in before[min_k:max_k]]
+    ids[:, min_k:] = ids[:, min_k:].masked_fill(torch.stack(enough, -1), -1) if enough else -1
+    return ids.int()
 
 
 def route_backward(

@@ -40,7 +40,8 @@ mod _core {
     use super::permute::{permute, unpermute, unpermute_backward};
     #[pymodule_export]
     use super::routing::{
-        check_route, route, route_backward, route_stats, route_stats_backward, route_weights,
+        check_route, route, route_backward, route_stats, route_stats_backward, route_topp,
+        route_weights,
     };
     #[pymodule_export]
     use super::team::{

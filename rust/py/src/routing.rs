@@ -197,6 +197,31 @@ pub fn route_weights<'py>(
     Ok(weights.into_array())
 }
 
+/// `topk_ids` of `route_topp`, as wide as `options` say; its weights come from `route_weights`.
+#[pyfunction]
+#[pyo3(signature = (router_logits, p, min_k, *options))]
+pub fn route_topp<'py>(
+    py: Python<'py>,
+    router_logits: &Bound<'py, PyAny>,
+    p: f64,
+    min_k: i64,
+    options: &Bound<'py, PyTuple>,
+) -> PyResult<Bound<'py, PyAny>> {
+    const OP: &str = "route_topp";
+    let router = Router::new(OP, router_logits, None, options)?;
+    let min_k = count("min_k", min_k)?;
+    let mut ids = Output::empty(OP, router_logits, &router.slots(), Dtype::I32)?;
+    match router.logits.device() {
+        Device::Cpu => with_float!(router.logits, T, {
+            let (logits, options) = (router.logits::<T>()?, &router.options);
+            let ids = ids.slice_mut()?;
+            run(py, || core::route_topp(logits, p, min_k, options, ids))?;
+        }),
+        Device::Cuda(_) => return router.no_kernel(),
+    }
+    Ok(ids.into_array())
+}
+
 /// Gradient of `route` for the logits, in their dtype.
 #[pyfunction]
 #[pyo3(signature = (grad, router_logits, topk_ids, expert_mask, biased, *options))]

@@ -12,6 +12,7 @@ mod options;
 mod real;
 mod select;
 mod stats;
+mod topp;
 mod weigh;
 
 pub use backward::route_backward;
@@ -20,6 +21,7 @@ pub use logits::{Logits, Mask};
 pub use options::{GroupScore, Options, Renorm, Score, TopkOn};
 pub use real::Real;
 pub use stats::{Sequences, route_stats, route_stats_backward};
+pub use topp::route_topp;
 
 use crate::chunks::for_each_chunk;
 use crate::dtype::Element;
