@@ -16,14 +16,28 @@ if TYPE_CHECKING:
     from . import nn
     from .capacity import expert_capacity, limit_capacity, skip_experts
     from .integrations.transformers import disable, enable
+    from .losses import (
+        convert_coefficient,
+        load_balancing_loss,
+        router_entropy,
+        router_z_loss,
+        update_selection_bias,
+        variation_loss,
+    )
 
 # Where names stand that are loaded when first asked for: they need torch or transformers.
 _LATER = {
+    "convert_coefficient": ".losses",
     "disable": ".integrations.transformers",
     "enable": ".integrations.transformers",
     "expert_capacity": ".capacity",
     "limit_capacity": ".capacity",
+    "load_balancing_loss": ".losses",
+    "router_entropy": ".losses",
+    "router_z_loss": ".losses",
     "skip_experts": ".capacity",
+    "update_selection_bias": ".losses",
+    "variation_loss": ".losses",
 }
 
 __all__ = [
@@ -32,6 +46,7 @@ __all__ = [
     "ExpertWeights",
     "Routing",
     "__version__",
+    "convert_coefficient",
     "disable",
     "dispatch",
     "enable",
@@ -41,6 +56,7 @@ __all__ = [
     "get_num_threads",
     "grouped_matmul",
     "limit_capacity",
+    "load_balancing_loss",
     "moe",
     "nn",
     "padded_offsets",
@@ -48,10 +64,14 @@ __all__ = [
     "release_memory",
     "route",
     "route_topp",
+    "router_entropy",
+    "router_z_loss",
     "set_num_threads",
     "skip_experts",
     "unpermute",
+    "update_selection_bias",
     "use_backend",
+    "variation_loss",
 ]
 
 
