@@ -122,7 +122,7 @@ def limit_capacity(
         # The sort is stable: each expert's rows stand in order of importance.
         plan = dispatch(queue[:, None], num_experts=num_experts)
     except ValueError:
-        dispatch(flat_rows(ids), num_experts=num_experts)  # names the caller's slot, not the queue's
+        dispatch(flat_rows(ids), num_experts=num_experts)  # names the caller's slot
         raise
     begin = plan.expert_offsets[queue.clamp(min=0).long()]
     row = plan.row_of_slot[:, 0]
