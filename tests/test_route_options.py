@@ -143,6 +143,24 @@ def test_statistics_of_each_sequence_stand_apart() -> None:
     assert (apart.prob_sums - exact).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4)])
+def test_no_token_has_statistics_of_zero(backend: str, shape: tuple[int, ...]) -> None:
+    logits = torch.zeros(shape, requires_grad=True)
+    with ferromoe.use_backend(backend):
+        routing = ferromoe.route(logits, top_k=2, stats="sequence")
+    assert routing.expert_counts.tolist() == [[0] * 4] * shape[0]
+    routing.prob_sums.sum().backward()
+    assert logits.grad is not None
+
+
+def test_another_kind_of_statistics_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^route: stats must be a bool or 'sequence', got 'batch'"
+    ):
+        ferromoe.route(torch.zeros(2, 4), top_k=2, stats="batch")
+
+
 def test_statistics_want_a_score_that_makes_probabilities() -> None:
     with pytest.raises(ValueError, match=r"^route: stats must go with a score that makes prob"):
         ferromoe.route(torch.zeros(2, 4), top_k=2, score="identity", stats=True)

@@ -167,7 +167,7 @@ def route_stats(
     _given(router_logits, topk_ids, options)
     if padding_mask is not None:
         boolean("route", "padding_mask", padding_mask, router_logits, tokens)
-    if num_sequences < 1 or tokens % num_sequences:
+    if tokens % num_sequences if num_sequences else tokens:
         raise ValueError(f"route: stats must divide the {tokens} tokens, got {num_sequences}")
     if options[1] == "identity":
         words = "go with a score that makes probabilities"

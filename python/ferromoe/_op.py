@@ -131,6 +131,7 @@ class Operator:
     ) -> None:
         self.name = name
         self.schema = schema
+        self.arrays = schema.partition("->")[0].count("Tensor")  # they stand before the options
         self.kernel = kernel
         self.reference = reference
         self.fake = fake
@@ -149,7 +150,7 @@ class Operator:
         # Tracing first: dynamo folds it to a constant and then sees none of the rest.
         if side.is_compiling():
             return self.registered(*args)
-        route = side.route_of(self, args)
+        route = side.route_of(self, args, self.arrays)
         if route == "direct":
             return self.kernel(*args)
         if route == "dispatcher":
@@ -163,7 +164,7 @@ class Operator:
     def into(self, out: Any, *args: Any) -> Any:
         """Run the operation with its result written into `out`."""
         side = torch_side()
-        route = "arrays" if side is None else side.route_of(self, (*args, out))
+        route = "arrays" if side is None else side.route_of(self, (out, *args), self.arrays + 1)
         if route == "torch" or _backend.get() == "reference":
             result = self(*args)
             _check.out(self.name, out, result)

@@ -242,6 +242,8 @@ def route(
         weights = _route_weights(matrix, ids, expert_mask, *options)
     counts = prob_sums = None
     if stats:
+        if stats not in (True, "sequence"):
+            raise ValueError(f"route: stats must be a bool or 'sequence', got {stats!r}")
         if padding_mask is not None:
             _check.array("route", "padding_mask", padding_mask)
             padding_mask = padding_mask.reshape(-1)

@@ -211,7 +211,7 @@ def route_stats(
     if padding_mask is not None:
         p = torch.where(padding_mask[:, None], p, 0.0)
         counts = torch.where(padding_mask[:, None], counts, 0)
-    by_sequence = (num_sequences, len(z) // num_sequences, routed)
+    by_sequence = (num_sequences, len(z) // max(num_sequences, 1), routed)
     return counts.reshape(by_sequence).sum(1).int(), p.reshape(by_sequence).sum(1)
 
 

@@ -31,7 +31,7 @@ impl Sequences<'_> {
         if let Some(real) = self.real {
             check_shape(OP, "padding_mask", &[real.len()], &[tokens])?;
         }
-        if self.count == 0 || !tokens.is_multiple_of(self.count) {
+        if !tokens.is_multiple_of(self.count) {
             let (expected, got) = (format!("divide the {tokens} tokens"), self.count.to_string());
             return Err(Error::Value { op: OP, arg: "stats", expected, got });
         }
@@ -72,7 +72,7 @@ pub fn route_stats<T: Element<Acc: Real>>(
     check_shape(OP, "prob_sums", &[prob_sums.len()], &[count * routed])?;
     expert_counts.fill(0);
     prob_sums.fill(T::Acc::default());
-    let length = logits.tokens / count;
+    let length = logits.tokens.checked_div(count).unwrap_or(0);
     if length == 0 || routed == 0 {
         return Ok(());
     }
@@ -180,7 +180,7 @@ impl<T: Element<Acc: Real>> Job for Backward<'_, T> {
         let Self { logits, options, .. } = self;
         let zero = T::Acc::default();
         let routed = logits.experts - options.num_shared;
-        let length = logits.tokens / self.sequences.count;
+        let length = logits.tokens / self.sequences.count.max(1);
         let (mut z, mut dz) = (vec![zero; logits.experts], vec![zero; logits.experts]);
         let mut s = vec![zero; routed];
         for (token, out) in self.logits_grad.chunks_mut(logits.experts).enumerate() {
