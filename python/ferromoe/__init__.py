@@ -15,6 +15,7 @@ from .types import Activation, Dispatch, ExpertWeights, Routing
 if TYPE_CHECKING:
     from . import nn
     from .capacity import expert_capacity, limit_capacity, skip_experts
+    from .integrations.recording import RoutingRecord, record_routing, replay_routing
     from .integrations.transformers import disable, enable
     from .losses import (
         convert_coefficient,
@@ -27,12 +28,15 @@ if TYPE_CHECKING:
 
 # Where names stand that are loaded when first asked for: they need torch or transformers.
 _LATER = {
+    "RoutingRecord": ".integrations.recording",
     "convert_coefficient": ".losses",
     "disable": ".integrations.transformers",
     "enable": ".integrations.transformers",
     "expert_capacity": ".capacity",
     "limit_capacity": ".capacity",
     "load_balancing_loss": ".losses",
+    "record_routing": ".integrations.recording",
+    "replay_routing": ".integrations.recording",
     "router_entropy": ".losses",
     "router_z_loss": ".losses",
     "skip_experts": ".capacity",
@@ -45,6 +49,7 @@ __all__ = [
     "Dispatch",
     "ExpertWeights",
     "Routing",
+    "RoutingRecord",
     "__version__",
     "convert_coefficient",
     "disable",
@@ -61,7 +66,9 @@ __all__ = [
     "nn",
     "padded_offsets",
     "permute",
+    "record_routing",
     "release_memory",
+    "replay_routing",
     "route",
     "route_topp",
     "router_entropy",

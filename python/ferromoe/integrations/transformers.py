@@ -196,6 +196,10 @@ def _experts_modules(model: Any) -> tuple[dict[str, Any], dict[str, str]]:
             others[name] = (
                 f"{type(module).__name__} does not go through transformers' experts interface"
             )
+    # What wraps experts that are reached, such as an adapter, is none of its own.
+    wrappers = [name for name in others if any(known.startswith(f"{name}.") for known in reached)]
+    for name in wrappers:
+        del others[name]
     return reached, others
 
 
