@@ -14,6 +14,7 @@ from .types import Activation, Dispatch, ExpertWeights, Routing
 
 if TYPE_CHECKING:
     from . import nn
+    from .balanced import route_expert_choice, route_sinkhorn, sinkhorn
     from .capacity import expert_capacity, limit_capacity, skip_experts
     from .integrations.recording import RoutingRecord, record_routing, replay_routing
     from .integrations.transformers import disable, enable
@@ -37,8 +38,11 @@ _LATER = {
     "load_balancing_loss": ".losses",
     "record_routing": ".integrations.recording",
     "replay_routing": ".integrations.recording",
+    "route_expert_choice": ".balanced",
+    "route_sinkhorn": ".balanced",
     "router_entropy": ".losses",
     "router_z_loss": ".losses",
+    "sinkhorn": ".balanced",
     "skip_experts": ".capacity",
     "update_selection_bias": ".losses",
     "variation_loss": ".losses",
@@ -70,10 +74,13 @@ __all__ = [
     "release_memory",
     "replay_routing",
     "route",
+    "route_expert_choice",
+    "route_sinkhorn",
     "route_topp",
     "router_entropy",
     "router_z_loss",
     "set_num_threads",
+    "sinkhorn",
     "skip_experts",
     "unpermute",
     "update_selection_bias",
