@@ -208,10 +208,12 @@ def test_nan_stays_in_its_token_and_in_an_empty_slot_it_counts_for_nothing(polic
     )
     assert torch.equal(limited.topk_ids, ids)
     assert torch.equal(limited.topk_weights[:2], torch.tensor([[0.5, 0.4], [0.6, 0.0]]))
-    empty = Routing(torch.tensor([[0.5], [NAN], [0.6]]), torch.tensor([[0], [-1], [0]]))
-    limited = ferromoe.limit_capacity(empty, num_experts=1, capacity=1, policy=policy)
-    kept = [[-1], [-1], [0]] if "weight" in policy else [[0], [-1], [-1]]
-    assert limited.topk_ids.tolist() == kept
+    # The NaN of the second token must not bring its other slot to the front.
+    weights = torch.tensor([[0.5, 0.1], [0.2, NAN], [0.6, 0.1]])
+    empty = Routing(weights, torch.tensor([[0, 1], [0, -1], [0, 1]]))
+    limited = ferromoe.limit_capacity(empty, num_experts=2, capacity=1, policy=policy)
+    first = [-1, -1, 0] if "weight" in policy else [0, -1, -1]
+    assert limited.topk_ids[:, 0].tolist() == first
 
 
 def test_sequences_have_a_capacity_each_when_their_experts_are_counted_apart() -> None:
