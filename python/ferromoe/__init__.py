@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from . import nn
     from .balanced import route_expert_choice, route_sinkhorn, sinkhorn
     from .capacity import expert_capacity, limit_capacity, skip_experts
+    from .dense import as_dense
     from .integrations.recording import RoutingRecord, record_routing, replay_routing
     from .integrations.transformers import disable, enable
     from .losses import (
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _LATER = {
     "RoutingRecord": ".integrations.recording",
     "add_noise": ".noise",
+    "as_dense": ".dense",
     "convert_coefficient": ".losses",
     "disable": ".integrations.transformers",
     "enable": ".integrations.transformers",
@@ -61,6 +63,7 @@ __all__ = [
     "RoutingRecord",
     "__version__",
     "add_noise",
+    "as_dense",
     "convert_coefficient",
     "disable",
     "dispatch",
