@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +103,63 @@ def _draw_rows(
 ) -> tuple[list[Tensor], dict[str, Any]]:
     values, rest = _draw_unpermute(size, dtype, generator)
     return values[:1], rest
+
+
+def _draw_padded_plan(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    values, rest = _draw_permute(size, dtype, generator)
+    return values, {"plan": padded(rest["plan"], 4)}
+
+
+def _draw_padded_rows(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    (_, weights), rest = _draw_unpermute(size, dtype, generator)
+    plan = padded(rest["plan"], 4)
+    rows = randn(len(plan.slot_of_row), size.hidden, dtype=dtype, generator=generator)
+    return [rows, weights], {"plan": plan}
+
+
+def padded(plan: ferromoe.Dispatch, align: int) -> ferromoe.Dispatch:
+    """Pad the segments of a plan one after the other, independently of `ferromoe.pad_plan`."""
+    slots: list[int] = []
+    offsets = [0]
+    for begin, end in pairwise(plan.expert_offsets.tolist()):
+        slots += plan.slot_of_row[begin:end].tolist() + [-1] * (-(end - begin) % align)
+        offsets.append(len(slots))
+    row_of_slot = torch.full([plan.row_of_slot.numel()], -1)
+    for row, slot in enumerate(slots):
+        if slot >= 0:
+            row_of_slot[slot] = row
+    return ferromoe.Dispatch(
+        torch.tensor(offsets).int(),
+        torch.tensor(slots).int(),
+        row_of_slot.view(plan.row_of_slot.shape).int(),
+    )
+
+
+def _draw_slots(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    plan = plan_of(draw_ids(size, generator), size.num_experts)
+    values = randn(size.tokens, size.top_k, 3, dtype=dtype, generator=generator)
+    return [values], {"plan": plan}
+
+
+def _draw_chunks(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    x = randn(size.tokens, size.hidden, dtype=dtype, generator=generator)
+    share = torch.rand(size.num_experts + 1, generator=generator)
+    sizes = (share / share.sum() * size.tokens).int()[: size.num_experts]  # and some rows stay
+    return [x], {"sizes": sizes, "order": torch.randperm(size.num_experts, generator=generator)}
+
+
+def _draw_plan(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    return [], {"plan": plan_of(draw_ids(size, generator), size.num_experts)}
 
 
 SILU = ferromoe.Activation()
@@ -278,6 +336,20 @@ CASES = [
     Case("permute", lambda x, plan: ferromoe.permute(x, plan), _draw_permute),
     Case("unpermute", lambda y, w, plan: ferromoe.unpermute(y, plan, w), _draw_unpermute),
     Case("unpermute_unweighted", lambda y, plan: ferromoe.unpermute(y, plan), _draw_rows),
+    Case(
+        "pad_plan",
+        lambda plan: tuple(ferromoe.pad_plan(plan, align=4)),
+        _draw_plan,
+        differentiable=False,
+    ),
+    Case("permute_padded", lambda x, plan: ferromoe.permute(x, plan), _draw_padded_plan),
+    Case("unpermute_padded", lambda y, w, plan: ferromoe.unpermute(y, plan, w), _draw_padded_rows),
+    Case("permute_slots", lambda values, plan: ferromoe.permute_slots(values, plan), _draw_slots),
+    Case(
+        "sort_chunks",
+        lambda x, sizes, order: ferromoe.sort_chunks(x, sizes, order),
+        _draw_chunks,
+    ),
     grouped_case("plain"),
     grouped_case("transposed", transposed=True),
     grouped_case("biased", bias=True),

@@ -123,7 +123,7 @@ def test_arrays_on_a_gpu_go_through_the_kernels(launches: Launches) -> None:
 
     out = x.new_empty([2, 3], np.float32)
     weights = Array(np.array([[0.5, 0.25], [2.0, np.nan]], np.float32))
-    assert _core.unpermute(rows, *plan, weights, out) is out
+    assert _core.unpermute(rows, *plan, weights, None, out) is out
     assert out.values.tolist() == [[7.5, 0.75, 2.25], [40, 4, 8]]
 
     dy, dw = _core.unpermute_backward(x, rows, *plan, weights)

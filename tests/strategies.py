@@ -38,6 +38,17 @@ def routings(draw: st.DrawFn) -> tuple[Tensor, int]:
 
 
 @st.composite
+def chunks(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [N, 3], sizes of chunks that leave some of the rows out, and an order of the chunks."""
+    sizes = draw(st.lists(st.sampled_from([0, 0, 1, 2, 7, 40]), max_size=12))
+    rows = sum(sizes) + draw(st.sampled_from([0, 1, 5]))
+    order = draw(st.permutations(range(len(sizes))))
+    dtype = draw(st.sampled_from([torch.int32, torch.int64]))
+    x = torch.arange(rows * 3).view(rows, 3).float()
+    return x, torch.tensor(sizes, dtype=dtype), torch.tensor(order, dtype=dtype)
+
+
+@st.composite
 def router_logits(draw: st.DrawFn, dtypes: Any = None) -> tuple[Tensor, int]:
     """Logits [T, E] and K, some with many ties, some with extreme values."""
     tokens, num_experts = draw(token_counts), draw(expert_counts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -134,11 +136,21 @@ def test_vmap_and_fake_tensors_work() -> None:
     assert fake.shape == (4, 2)
 
 
-@pytest.mark.parametrize("name", ["permute", "unpermute"])
-def test_registered_operators_pass_torchs_own_check(name: str) -> None:
-    args = [torch.randn(4 if name == "unpermute" else 2, 3, requires_grad=True), *PLAN[1:]]
-    if name == "unpermute":
-        args.append(torch.rand(2, 2, requires_grad=True))
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("permute", [randn(2, 3), *PLAN[1:]]),
+        ("unpermute", [randn(4, 3), *PLAN[1:], randn(2, 2), None]),
+        ("unpermute", [randn(4, 3), *PLAN[1:], None, randn(2, 3)]),
+        ("pad_plan", [*PLAN, 12, 4, False]),
+        ("chunk_maps", [torch.tensor([2, 1]), torch.tensor([1, 0]), 4]),
+    ],
+)
+def test_registered_operators_pass_torchs_own_check(name: str, args: list[Any]) -> None:
     torch.library.opcheck(getattr(torch.ops.ferromoe, name).default, args)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ferromoe
-from cases import plan_of
+from cases import padded, plan_of
 from strategies import routings
 
 MANY = 70_000
@@ -197,3 +197,103 @@ def test_padding_that_makes_no_sense_is_refused(backend: str, align: int, messag
         pytest.raises(ValueError, match=f"padded_offsets: {message}$"),
     ):
         ferromoe.padded_offsets(plan, align=align)
+
+
+@given(routings(), st.sampled_from([1, 3, 16]), st.booleans())
+def test_a_padded_plan_moves_whole_segments(
+    routing: tuple[Tensor, int], align: int, min_block: bool
+) -> None:
+    topk_ids, num_experts = routing
+    plan = ferromoe.dispatch(topk_ids, num_experts=num_experts)
+    wide = ferromoe.pad_plan(plan, align=align, min_block=min_block)
+    offsets = ferromoe.padded_offsets(plan, align=align, min_block=min_block)
+    assert torch.equal(wide.expert_offsets, offsets)
+    shift = offsets - plan.expert_offsets
+    assert (shift.diff() >= 0).all()  # no two experts share a block
+    live = topk_ids >= 0
+    moved = plan.row_of_slot + shift[topk_ids.clamp(min=0).long()] if num_experts else shift[:0]
+    assert torch.equal(wide.row_of_slot[live], moved[live] if live.any() else moved.new_empty(0))
+    assert (wide.row_of_slot[~live] == -1).all()
+    slots = live.flatten().nonzero()[:, 0].int()
+    expected = torch.full_like(wide.slot_of_row, -1)
+    expected[wide.row_of_slot.flatten()[slots.long()].long()] = slots
+    assert torch.equal(wide.slot_of_row, expected)
+    with ferromoe.use_backend("reference"):
+        assert same(ferromoe.pad_plan(plan, align=align, min_block=min_block), wide)
+
+
+def test_a_padded_plan_is_the_one_made_by_hand() -> None:
+    plan = plan_of(random_ids(20, 3, 7), 7)
+    by_hand = padded(plan, 8)
+    needed = int(by_hand.expert_offsets[-1])
+    assert same(ferromoe.pad_plan(plan, align=8, num_rows=needed), by_hand)
+    assert same(
+        ferromoe.pad_plan(ferromoe.pad_plan(plan, align=8), align=8, num_rows=needed), by_hand
+    )
+
+
+def test_padded_rows_are_bounded_by_shapes_alone() -> None:
+    bounds = {(5, 4, 8): 56, (5, 300, 8): 240, (0, 4, 8): 0, (5, 4, 1): 30}
+    for (tokens, num_experts, align), rows in bounds.items():
+        plan = ferromoe.dispatch(random_ids(tokens, 6, num_experts), num_experts=num_experts)
+        assert len(ferromoe.pad_plan(plan, align=align).slot_of_row) == rows
+    # As many blocks as there can be: one slot in each of five experts.
+    plan = ferromoe.dispatch(torch.arange(5)[:, None], num_experts=9)
+    assert len(ferromoe.pad_plan(plan, align=8).slot_of_row) == 40
+    assert int(ferromoe.pad_plan(plan, align=8).expert_offsets[-1]) == 40
+    plan = ferromoe.dispatch(torch.full((1, 1), -1), num_experts=9)
+    assert int(ferromoe.pad_plan(plan, align=8, min_block=True).expert_offsets[-1]) == 72
+
+
+@every_backend
+def test_rows_may_be_as_few_as_there_are(backend: str) -> None:
+    topk_ids = random_ids(30, 4, 6).masked_fill(torch.arange(4) > 0, -1)
+    plan = ferromoe.dispatch(topk_ids, num_experts=6)
+    rows = int(plan.expert_offsets[-1])
+    with ferromoe.use_backend(backend):
+        short = ferromoe.pad_plan(plan, num_rows=rows)
+        assert torch.equal(short.slot_of_row, plan.slot_of_row[:rows])
+        assert torch.equal(short.row_of_slot, plan.row_of_slot)
+        message = f"^pad_plan: num_rows must be at least {rows}, got {rows - 1}$"
+        with pytest.raises(ValueError, match=message):
+            ferromoe.pad_plan(plan, num_rows=rows - 1)
+
+
+def test_a_plan_survives_the_way_through_numpy() -> None:
+    topk_ids = random_ids(9, 3, 4)
+    plan = ferromoe.dispatch(topk_ids, num_experts=4)
+    there = ferromoe.Dispatch(*(field.numpy() for field in plan))
+    back = ferromoe.Dispatch(*map(torch.from_numpy, there))
+    assert same(back, plan)
+    assert back.slot_of_row.data_ptr() == plan.slot_of_row.data_ptr()
+    x = torch.randn(9, 5)
+    rows = ferromoe.permute(x.numpy(), there)
+    assert isinstance(rows, np.ndarray)
+    np.testing.assert_array_equal(rows, ferromoe.permute(x, back).numpy())
+    out = ferromoe.unpermute(rows, there, np.ones((9, 3), np.float32))
+    np.testing.assert_array_equal(out, ferromoe.unpermute(torch.from_numpy(rows), plan).numpy())
+    by_numpy = ferromoe.pad_plan(there, align=8)
+    assert same(
+        ferromoe.Dispatch(*map(torch.from_numpy, by_numpy)), ferromoe.pad_plan(plan, align=8)
+    )
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_more_slots_than_int32_counts_are_refused_before_they_are_touched(
+    backend: str, dtype: torch.dtype
+) -> None:
+    message = "^{}: tokens times top_k must fit in int32$"
+    ids = torch.zeros(1, 1, dtype=dtype).expand(2**16, 2**15)  # 8 or 16 GiB, were it copied
+    with ferromoe.use_backend(backend):
+        with pytest.raises(ValueError, match=message.format("dispatch")):
+            ferromoe.dispatch(ids, num_experts=1)
+        maps = torch.zeros(0).int(), torch.zeros(1, 1).int().expand(2**16, 2**15)
+        plan = ferromoe.Dispatch(torch.zeros(2).int(), *maps)
+        x = torch.zeros(1, 1).expand(2**16, 1)
+        with pytest.raises(ValueError, match=message.format("permute")):
+            ferromoe.permute(x, plan)
+        with pytest.raises(ValueError, match=message.format("unpermute")):
+            ferromoe.unpermute(x[:0], plan)
+        with pytest.raises(ValueError, match=message.format("pad_plan")):
+            ferromoe.pad_plan(plan)

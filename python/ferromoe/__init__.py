@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from ._core import __version__, get_num_threads, release_memory, set_num_threads
 from ._op import use_backend
-from .dispatch import dispatch, padded_offsets, permute, unpermute
+from .dispatch import dispatch, pad_plan, padded_offsets
 from .experts import experts
 from .grouped import grouped_matmul
 from .moe import moe
+from .permute import permute, permute_slots, sort_chunks, unpermute
 from .routing import route
 from .topp import experts_per_token, route_topp
 from .types import Activation, Dispatch, ExpertWeights, Routing
@@ -78,8 +79,10 @@ __all__ = [
     "load_balancing_loss",
     "moe",
     "nn",
+    "pad_plan",
     "padded_offsets",
     "permute",
+    "permute_slots",
     "record_routing",
     "release_memory",
     "replay_routing",
@@ -94,6 +97,7 @@ __all__ = [
     "set_num_threads",
     "sinkhorn",
     "skip_experts",
+    "sort_chunks",
     "unpermute",
     "update_selection_bias",
     "use_backend",

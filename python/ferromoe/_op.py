@@ -106,6 +106,9 @@ class Operator:
         `reference`, which trusts its inputs. Not needed by operators that only a backward calls.
     fake : callable
         Makes outputs of the right shape and dtype without computing them.
+    on_gpu : callable, optional
+        Takes the same arguments (and ``out``) and tells whether the CUDA kernels can; without it
+        they always can, where there are any.
     save : callable, optional
         ``save(args, outputs)`` gives what the backward needs.
     backward : callable, optional
@@ -126,6 +129,7 @@ class Operator:
         reference: Callable[..., Any],
         fake: Callable[..., Any],
         check: Callable[..., None] | None = None,
+        on_gpu: Callable[..., bool] | None = None,
         save: Callable[[Sequence[Any], Any], Sequence[Any]] | None = None,
         backward: Callable[..., Sequence[Any]] | None = None,
     ) -> None:
@@ -136,6 +140,7 @@ class Operator:
         self.reference = reference
         self.fake = fake
         self.check = check
+        self.on_gpu = on_gpu
         self.save = save
         self.backward = backward
         self.registered: Callable[..., Any] = kernel  # torch.ops.ferromoe.<name>, once it exists

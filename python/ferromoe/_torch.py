@@ -76,7 +76,7 @@ def route_of(operator: Operator, args: Sequence[Any], arrays: int) -> str:
         return "dispatcher"
     if route == "direct" and backend == "reference":
         return "torch"
-    if elsewhere is not None and not _has_kernels(operator, elsewhere, backend):
+    if elsewhere is not None and not _has_kernels(operator, args, elsewhere, backend):
         return "torch"
     return route
 
@@ -102,9 +102,13 @@ def _is_direct(args: Sequence[Any]) -> bool:
     )
 
 
-def _has_kernels(operator: Operator, tensor: torch.Tensor, backend: str | None) -> bool:
+def _has_kernels(
+    operator: Operator, args: Sequence[Any], tensor: torch.Tensor, backend: str | None
+) -> bool:
     """Tell whether kernels of ours compute an operation where a tensor lies."""
     if tensor.is_cuda or backend == "emulator":
+        if operator.on_gpu is not None and not operator.on_gpu(*args):
+            return False
         return _selfcheck.runs_kernels(operator.name, tensor, backend)
     return tensor.is_cpu
 
@@ -166,7 +170,7 @@ def _by_torch(operator: Operator, args: Sequence[Any]) -> bool:
     backend = current_backend()
     if backend == "reference":
         return True
-    return not all(_has_kernels(operator, tensor, backend) for tensor in tensors_in(args))
+    return not all(_has_kernels(operator, args, tensor, backend) for tensor in tensors_in(args))
 
 
 def _save(ctx: Any, operator: Operator, args: Sequence[Any], outputs: Any) -> None:

@@ -1,8 +1,7 @@
-"""Sorting slots by expert, and moving token rows to and from that order."""
+"""Sorting slots by expert: the plan, and plans with padded segments."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from . import _check, _core
@@ -40,58 +39,24 @@ _padded_offsets = Operator(
 )
 
 
-def _permute_backward(saved: Sequence[Any], needs: Sequence[bool], grad: Any) -> Sequence[Any]:
-    slot_of_row, row_of_slot = saved
-    return _unpermute(grad, slot_of_row, row_of_slot, None), None, None
+def _fake_pad_plan(
+    expert_offsets: Any, slots: Any, rows: Any, num_rows: int, align: int, min_block: bool
+) -> Any:
+    return (
+        expert_offsets.new_empty(expert_offsets.shape),
+        slots.new_empty(num_rows),
+        rows.new_empty(rows.shape),
+    )
 
 
-_permute = Operator(
-    "permute",
-    schema="(Tensor x, Tensor slot_of_row, Tensor row_of_slot) -> Tensor",
-    kernel=_core.permute,
-    reference=specification("dispatch", "permute"),
-    check=_check.permute,
-    fake=lambda x, slot_of_row, row_of_slot: x.new_empty(slot_of_row.shape[0], x.shape[1]),
-    save=lambda args, _: args[1:],
-    backward=_permute_backward,
-)
-
-
-def _unpermute_gradients(saved: Sequence[Any], needs: Sequence[bool], grad: Any) -> Sequence[Any]:
-    y, slot_of_row, row_of_slot, topk_weights = saved
-    if topk_weights is None:
-        return _permute(grad, slot_of_row, row_of_slot), None, None, None
-    dy, dw = _unpermute_backward(grad, y, slot_of_row, row_of_slot, topk_weights)
-    return dy, None, None, dw.to(topk_weights.dtype)
-
-
-_unpermute = Operator(
-    "unpermute",
-    schema="(Tensor y, Tensor slot_of_row, Tensor row_of_slot, Tensor? topk_weights) -> Tensor",
-    kernel=_core.unpermute,
-    reference=specification("dispatch", "unpermute"),
-    check=_check.unpermute,
-    fake=lambda y, slot_of_row, row_of_slot, w: y.new_empty(row_of_slot.shape[0], y.shape[1]),
-    # The rows are needed for the weights' gradient only.
-    save=lambda args, _: args if args[3] is not None else (None, *args[1:]),
-    backward=_unpermute_gradients,
-)
-
-
-def _fake_unpermute_backward(grad: Any, y: Any, slots: Any, rows: Any, weights: Any) -> Any:
-    import torch
-
-    wide = torch.promote_types(y.dtype, torch.float32)
-    return y.new_empty(y.shape), weights.new_empty(weights.shape, dtype=wide)
-
-
-_unpermute_backward = Operator(
-    "unpermute_backward",
-    schema="(Tensor grad, Tensor y, Tensor slot_of_row, Tensor row_of_slot, Tensor topk_weights)"
-    " -> (Tensor, Tensor)",
-    kernel=_core.unpermute_backward,
-    reference=specification("dispatch", "unpermute_backward"),
-    fake=_fake_unpermute_backward,
+_pad_plan = Operator(
+    "pad_plan",
+    schema="(Tensor expert_offsets, Tensor slot_of_row, Tensor row_of_slot, SymInt num_rows, "
+    "int align, bool min_block) -> (Tensor, Tensor, Tensor)",
+    kernel=_core.pad_plan,
+    reference=specification("dispatch", "pad_plan"),
+    check=_check.pad_plan,
+    fake=_fake_pad_plan,
 )
 
 
@@ -163,98 +128,75 @@ def padded_offsets(plan: Dispatch, *, align: int, min_block: bool = False) -> An
     >>> ferromoe.padded_offsets(plan, align=8)
     tensor([ 0,  8,  8, 16], dtype=torch.int32)
     """
-    _require_plan("padded_offsets", plan)
+    require_plan("padded_offsets", plan)
     return _padded_offsets(plan.expert_offsets, align, min_block)
 
 
-def _require_plan(op: str, plan: Any) -> None:
+def pad_plan(
+    plan: Dispatch, *, align: int = 1, min_block: bool = False, num_rows: int | None = None
+) -> Dispatch:
+    """Pad each expert's segment of a plan to a multiple of `align` rows.
+
+    The rows of padding exist but carry nothing: `permute` writes zeros there, `unpermute` and the
+    gradients leave them out. The padded plan is used like any other.
+
+    Parameters
+    ----------
+    plan : Dispatch
+        The plan whose segments are padded.
+    align : int
+        Rows of a block, at least 1.
+    min_block : bool
+        Give an expert without rows one block instead of none.
+    num_rows : int, optional
+        Rows of the permuted tokens, at least as many as the padded segments have. Without it they
+        are as many as any choice of experts could need. A smaller number saves memory where most
+        slots chose no expert; finding it out waits for a GPU.
+
+    Returns
+    -------
+    Dispatch
+        Its `expert_offsets` are those of `padded_offsets`, and its `slot_of_row` [num_rows] is -1
+        wherever a row carries nothing.
+
+    Raises
+    ------
+    ValueError
+        If `num_rows` is too small; on a GPU, where nothing is read back, the rows that do not fit
+        are dropped.
+
+    See Also
+    --------
+    padded_offsets : The offsets alone.
+
+    Examples
+    --------
+    >>> plan = ferromoe.dispatch(torch.tensor([[2, 0], [2, -1]]), num_experts=3)
+    >>> padded = ferromoe.pad_plan(plan, align=4)
+    >>> padded.expert_offsets
+    tensor([0, 4, 4, 8], dtype=torch.int32)
+    >>> ferromoe.permute(torch.tensor([[10.0], [20.0]]), padded).flatten()
+    tensor([10.,  0.,  0.,  0., 10., 20.,  0.,  0., 0., 0., 0., 0.])
+    """
+    require_plan("pad_plan", plan)
+    if num_rows is None:
+        num_rows = _most_rows(plan, max(align, 1), min_block)
+    return Dispatch(*_pad_plan(*plan, num_rows, align, min_block))
+
+
+def _most_rows(plan: Dispatch, align: int, min_block: bool) -> Any:
+    """Rows that the padded segments have at most, whatever stands in the plan."""
+    (experts,) = _check.shape("pad_plan", "expert_offsets", plan.expert_offsets, "E + 1")
+    (rows,) = _check.shape("pad_plan", "slot_of_row", plan.slot_of_row, "T * K")
+    experts = max(experts - 1, 0)
+    # An expert with rows adds up to align - 1, one without adds a block or nothing.
+    spare = experts * align if min_block else min(experts, rows) * (align - 1)
+    return (rows + spare) // align * align
+
+
+def require_plan(op: str, plan: Any) -> None:
+    """Fail on what is no plan."""
     if not isinstance(plan, Dispatch):
         raise TypeError(
             f"{op}: plan must be a Dispatch, as dispatch makes it, got {type(plan).__name__}"
         )
-
-
-def permute(x: Any, plan: Dispatch, *, out: Any = None) -> Any:
-    """Copy token rows into expert order.
-
-    Each expert's rows end up adjacent, which is the layout `grouped_matmul` reads.
-
-    Parameters
-    ----------
-    x : Tensor [T, H]
-        Token rows of any dtype: a torch tensor or a NumPy array.
-    plan : Dispatch
-        Where the rows go.
-    out : Tensor [T * K, H], optional
-        Contiguous memory for the result; only where no gradient is needed.
-
-    Returns
-    -------
-    Tensor [T * K, H]
-        Row `r < expert_offsets[E]` is ``x[plan.slot_of_row[r] // K]``; later rows are zero.
-
-    Raises
-    ------
-    ValueError
-        If `x` has another number of rows than the plan has tokens.
-    TypeError
-        If `plan` is no `Dispatch`.
-
-    See Also
-    --------
-    unpermute : Sums the rows back per token, weighted.
-
-    Examples
-    --------
-    >>> plan = ferromoe.dispatch(torch.tensor([[1, 0], [1, 2]]), num_experts=3)
-    >>> ferromoe.permute(torch.tensor([[10.0], [20.0]]), plan).flatten()
-    tensor([10., 10., 20., 20.])
-    """
-    _require_plan("permute", plan)
-    if out is None:
-        return _permute(x, plan.slot_of_row, plan.row_of_slot)
-    return _permute.into(out, x, plan.slot_of_row, plan.row_of_slot)
-
-
-def unpermute(y: Any, plan: Dispatch, topk_weights: Any = None, *, out: Any = None) -> Any:
-    """Sum the rows of each token back, weighted.
-
-    Parameters
-    ----------
-    y : Tensor [T * K, H]
-        Rows in expert order, float32, bfloat16, float16 or float64.
-    plan : Dispatch
-        Where the rows came from.
-    topk_weights : Tensor [T, K], optional
-        Weight of each slot, of any floating dtype; 1 without it.
-    out : Tensor [T, H], optional
-        Contiguous memory for the result; only where no gradient is needed.
-
-    Returns
-    -------
-    Tensor [T, H]
-        ``sum over k of topk_weights[t, k] * y[plan.row_of_slot[t, k]]``, k ascending, accumulated
-        in float32 and rounded once. A slot that chose no expert is left out.
-
-    Raises
-    ------
-    ValueError
-        If a shape does not fit the plan.
-    TypeError
-        If `plan` is no `Dispatch`.
-
-    See Also
-    --------
-    permute : The way there.
-
-    Examples
-    --------
-    >>> plan = ferromoe.dispatch(torch.tensor([[1, 0], [1, 2]]), num_experts=3)
-    >>> rows = torch.tensor([[1.0], [2.0], [3.0], [4.0]])  # of experts 0, 1, 1, 2
-    >>> ferromoe.unpermute(rows, plan, torch.tensor([[0.5, 0.5], [1.0, 0.0]])).flatten()
-    tensor([1.5000, 3.0000])
-    """
-    _require_plan("unpermute", plan)
-    if out is None:
-        return _unpermute(y, plan.slot_of_row, plan.row_of_slot, topk_weights)
-    return _unpermute.into(out, y, plan.slot_of_row, plan.row_of_slot, topk_weights)

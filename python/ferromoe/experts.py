@@ -8,8 +8,9 @@ from typing import Any
 
 from . import _check, _core
 from ._op import Operator, specification
-from .dispatch import dispatch, permute, unpermute
+from .dispatch import dispatch
 from .grouped import columns, grouped_matmul
+from .permute import permute, unpermute
 from .types import ExpertWeights, as_list
 
 _ARGUMENTS = (

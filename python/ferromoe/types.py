@@ -34,7 +34,8 @@ class Dispatch(NamedTuple):
     expert_offsets: Any
     """int32 [E + 1]. Expert `e` owns rows ``expert_offsets[e]:expert_offsets[e + 1]``."""
     slot_of_row: Any
-    """int32 [T * K]. The first ``expert_offsets[E]`` entries count, the rest are -1."""
+    """int32 [T * K]. The first ``expert_offsets[E]`` entries count, the rest are -1; in a plan from
+    `pad_plan` it is as long as that was told to make it, and -1 in the padding too."""
     row_of_slot: Any
     """int32 [T, K], the inverse of `slot_of_row`; -1 where a slot chose no expert."""
 

@@ -43,6 +43,39 @@ def padded_offsets(expert_offsets: Tensor, align: int, min_block: bool) -> Tenso
     return padded.int()
 
 
+def pad_plan(
+    expert_offsets: Tensor,
+    slot_of_row: Tensor,
+    row_of_slot: Tensor,
+    num_rows: int,
+    align: int,
+    min_block: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row `r` of expert `e` moves to `r - expert_offsets[e] + padded_offsets[e]`."""
+    padded = padded_offsets(expert_offsets, align, min_block)
+    row = torch.arange(len(slot_of_row), device=slot_of_row.device)
+    expert = torch.searchsorted(expert_offsets[1:].long(), row, right=True)
+    target = row + (padded - expert_offsets)[expert]
+    # Nothing is read back from a GPU: there a row that does not fit is dropped.
+    live = (slot_of_row >= 0) & (row < expert_offsets[-1]) & (target < num_rows)
+    target, slot = target[live], slot_of_row[live]
+    slots = slot_of_row.new_full((num_rows,), -1).index_put((target,), slot)
+    rows = row_of_slot.new_full((row_of_slot.numel(),), -1).index_put((slot.long(),), target.int())
+    return padded, slots, rows.view(row_of_slot.shape)
+
+
+def chunk_maps(split_sizes: Tensor, order: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Source of each row once the chunks are in order, and the inverse."""
+    # What lies past the chunks is one more, the last.
+    sizes = torch.cat([split_sizes.long(), num_rows - split_sizes.sum(0, keepdim=True)])
+    order = torch.cat([order.long(), order.new_full((1,), len(order)).long()])
+    starts, ends = sizes.cumsum(0) - sizes, sizes[order].cumsum(0)
+    row = torch.arange(num_rows, device=order.device)
+    place = torch.searchsorted(ends, row, right=True)
+    source = row + (starts[order] + sizes[order] - ends)[place]
+    return source.int(), torch.empty_like(row).scatter(0, source, row).int()[:, None]
+
+
 def permute(x: Tensor, slot_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
     """`x[slot_of_row[r] // K]` for every row, zero where `slot_of_row[r]` is -1."""
     routed = (slot_of_row >= 0).nonzero()[:, 0]
@@ -52,12 +85,16 @@ def permute(x: Tensor, slot_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
 
 
 def unpermute(
-    y: Tensor, slot_of_row: Tensor, row_of_slot: Tensor, topk_weights: Tensor | None = None
+    y: Tensor,
+    slot_of_row: Tensor,
+    row_of_slot: Tensor,
+    topk_weights: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
-    """`Σ_k topk_weights[t, k] · y[row_of_slot[t, k]]` over the slots that chose an expert."""
+    """`base[t] + Σ_k topk_weights[t, k] · y[row_of_slot[t, k]]` over slots that chose an expert."""
     tokens, top_k = row_of_slot.shape
     wide = torch.promote_types(y.dtype, torch.float32)
-    out = y.new_zeros(tokens, y.shape[1], dtype=wide)
+    out = y.new_zeros(tokens, y.shape[1], dtype=wide) if base is None else base.to(wide)
     for k in range(top_k):
         chosen = (row_of_slot[:, k] >= 0).nonzero()[:, 0]
         rows = y[row_of_slot[chosen, k].long()].to(wide)

@@ -142,41 +142,6 @@ fn out_of_range<I: Copy + Into<i64>>(
     Error::Value { op: OP, arg: "topk_ids", expected, got }
 }
 
-/// Offsets of the experts' segments once each is padded to a multiple of `align` rows.
-///
-/// An expert without rows gets none, or one block of `align` with `min_block`.
-///
-/// # Errors
-///
-/// An `align` of 0, offsets that decrease, or more rows than `i32` counts.
-pub fn padded_offsets(
-    expert_offsets: &[i32],
-    align: usize,
-    min_block: bool,
-    padded: &mut [i32],
-) -> Result<()> {
-    const OP: &str = "padded_offsets";
-    check_shape(OP, "out", &[padded.len()], &[expert_offsets.len()])?;
-    if align == 0 {
-        let (expected, got) = ("be at least 1".into(), "0".into());
-        return Err(Error::Value { op: OP, arg: "align", expected, got });
-    }
-    let Some((first, padded)) = padded.split_first_mut() else { return Ok(()) };
-    *first = 0;
-    let mut end = 0usize;
-    for (padded, pair) in padded.iter_mut().zip(expert_offsets.windows(2)) {
-        let Ok(count) = usize::try_from(i64::from(pair[1]) - i64::from(pair[0])) else {
-            let (expected, got) = ("not decrease".into(), format!("{} after {}", pair[1], pair[0]));
-            return Err(Error::Value { op: OP, arg: "expert_offsets", expected, got });
-        };
-        let rows = if min_block { count.max(1) } else { count };
-        end = rows.div_ceil(align).saturating_mul(align).saturating_add(end);
-        *padded =
-            i32::try_from(end).map_err(|_| Error::Overflow { op: OP, what: "padded rows" })?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -243,16 +208,5 @@ mod tests {
             [vec![0, 1, 2, 2, 2], vec![3, 1, -1, -1], vec![-1, 1, -1, 0]]
         );
         assert!(plan(&[], 4, Some(3)).is_err());
-    }
-
-    #[test]
-    fn padding_rounds_every_expert_up() {
-        let mut padded = [9; 4];
-        padded_offsets(&[0, 5, 5, 13], 8, false, &mut padded).unwrap();
-        assert_eq!(padded, [0, 8, 8, 16]);
-        padded_offsets(&[0, 5, 5, 13], 8, true, &mut padded).unwrap();
-        assert_eq!(padded, [0, 8, 16, 24]);
-        assert!(padded_offsets(&[0, 5, 5, 13], 0, true, &mut padded).is_err());
-        assert!(padded_offsets(&[0, 5, 4, 13], 8, true, &mut padded).is_err());
     }
 }

@@ -11,9 +11,11 @@ pub mod error;
 pub mod experts;
 pub mod grid;
 pub mod limits;
+pub mod padding;
 pub mod permute;
 pub mod routing;
 pub mod simd;
+pub mod sort_chunks;
 pub mod threads;
 
 pub use dtype::{Dtype, Element};

@@ -27,7 +27,7 @@ mod _core {
         cuda_why_not,
     };
     #[pymodule_export]
-    use super::dispatch::{dispatch, padded_offsets};
+    use super::dispatch::{dispatch, pad_plan, padded_offsets};
     #[pymodule_export]
     use super::experts::{
         experts, experts_backward, grouped_matmul, grouped_matmul_wgrad, grouped_sum, tile_name,
@@ -37,7 +37,7 @@ mod _core {
     #[pymodule_export]
     use super::memory::{kept_memory, release_memory};
     #[pymodule_export]
-    use super::permute::{permute, unpermute, unpermute_backward};
+    use super::permute::{chunk_maps, permute, unpermute, unpermute_backward};
     #[pymodule_export]
     use super::routing::{
         check_route, route, route_backward, route_stats, route_stats_backward, route_topp,

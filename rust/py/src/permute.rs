@@ -1,55 +1,67 @@
-//! `permute`, `unpermute` and its gradients.
+//! `permute`, `unpermute` and its gradients, and the maps of `sort_chunks`.
 
+use crate::dispatch::{count, slots};
+use crate::error::no_kernel;
 use crate::run::run;
 use crate::tensor::{Device, Output, View};
 use crate::with_float;
 use ferromoe_core::dtype::Accumulator;
 use ferromoe_core::permute::{self as core, Maps};
+use ferromoe_core::sort_chunks::chunk_maps as core_chunk_maps;
 use ferromoe_core::{Dtype, Element};
 use ferromoe_cuda::permute as cuda;
 use pyo3::prelude::*;
 use std::borrow::Cow;
 
 /// The maps of a plan, as the caller passed them.
-struct Plan<'py> {
+pub struct Plan<'py> {
+    op: &'static str,
     slot_of_row: View<'py>,
     row_of_slot: View<'py>,
-    tokens: usize,
-    top_k: usize,
+    pub tokens: usize,
+    pub top_k: usize,
+    /// T * K, or more or fewer in a padded plan.
+    rows: usize,
 }
 
 impl<'py> Plan<'py> {
-    fn new(
+    pub fn new(
         op: &'static str,
         slot_of_row: &Bound<'py, PyAny>,
         row_of_slot: &Bound<'py, PyAny>,
     ) -> PyResult<Self> {
+        let view = View::any_strides(op, "row_of_slot", row_of_slot)?;
+        let [tokens, top_k] = view.dims("[T, K]")?;
+        slots(op, tokens, top_k)?;
+        let row_of_slot = view.contiguous(row_of_slot)?;
         let slot_of_row = View::new(op, "slot_of_row", slot_of_row)?;
-        let row_of_slot = View::new(op, "row_of_slot", row_of_slot)?;
-        let [tokens, top_k] = row_of_slot.dims("[T, K]")?;
-        slot_of_row.dims::<1>("[T * K]")?;
+        let [rows] = slot_of_row.dims("[T * K]")?;
         slot_of_row.same_device(&row_of_slot)?;
-        Ok(Self { slot_of_row, row_of_slot, tokens, top_k })
+        Ok(Self { op, slot_of_row, row_of_slot, tokens, top_k, rows })
     }
 
-    fn maps(&self) -> PyResult<Maps<'_>> {
+    pub fn same_device(&self, other: &View<'_>) -> PyResult<()> {
+        self.slot_of_row.same_device(other)
+    }
+
+    pub fn maps(&self) -> PyResult<Maps<'_>> {
         Ok(Maps {
             slot_of_row: self.slot_of_row.slice()?,
             row_of_slot: self.row_of_slot.slice()?,
+            tokens: self.tokens,
             top_k: self.top_k,
         })
     }
 
     fn device_maps(&self) -> PyResult<cuda::Maps<'_>> {
+        if self.rows != self.tokens * self.top_k {
+            return Err(no_kernel(self.op));
+        }
         Ok(cuda::Maps {
             slot_of_row: self.slot_of_row.device_array()?,
             row_of_slot: self.row_of_slot.device_array()?,
             top_k: self.top_k,
         })
-    }
-
-    fn rows(&self) -> usize {
-        self.tokens * self.top_k
     }
 }
 
@@ -86,10 +98,10 @@ pub fn permute<'py>(
     const OP: &str = "permute";
     let view = View::new(OP, "x", x)?;
     let plan = Plan::new(OP, slot_of_row, row_of_slot)?;
-    plan.slot_of_row.same_device(&view)?;
+    plan.same_device(&view)?;
     let hidden = width(OP, "x", &view, plan.tokens)?;
     let inputs = [&view, &plan.slot_of_row, &plan.row_of_slot];
-    let shape = [plan.rows(), hidden];
+    let shape = [plan.rows, hidden];
     let mut out = Output::out_or_empty(OP, out, x, &shape, view.dtype(), &inputs)?;
     match view.device() {
         Device::Cpu => {
@@ -107,20 +119,21 @@ pub fn permute<'py>(
 }
 
 #[pyfunction]
-#[pyo3(signature = (y, slot_of_row, row_of_slot, topk_weights=None, out=None))]
+#[pyo3(signature = (y, slot_of_row, row_of_slot, topk_weights=None, base=None, out=None))]
 pub fn unpermute<'py>(
     py: Python<'py>,
     y: &Bound<'py, PyAny>,
     slot_of_row: &Bound<'py, PyAny>,
     row_of_slot: &Bound<'py, PyAny>,
     topk_weights: Option<&Bound<'py, PyAny>>,
+    base: Option<&Bound<'py, PyAny>>,
     out: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     const OP: &str = "unpermute";
     let view = View::new(OP, "y", y)?;
     let plan = Plan::new(OP, slot_of_row, row_of_slot)?;
-    plan.slot_of_row.same_device(&view)?;
-    let hidden = width(OP, "y", &view, plan.rows())?;
+    plan.same_device(&view)?;
+    let hidden = width(OP, "y", &view, plan.rows)?;
     let weights = topk_weights.map(|weights| View::new(OP, "topk_weights", weights)).transpose()?;
     if let Some(weights) = &weights {
         weights.same_device(&view)?;
@@ -135,14 +148,31 @@ pub fn unpermute<'py>(
     let mut inputs = vec![&view, &plan.slot_of_row, &plan.row_of_slot];
     inputs.extend(&weights);
     let shape = [plan.tokens, hidden];
+    // With the output itself for a base the sum runs in place.
+    let elsewhere = base.filter(|base| !out.is_some_and(|out| out.is(*base)));
+    let elsewhere = elsewhere.map(|base| View::new(OP, "base", base)).transpose()?;
+    if let Some(elsewhere) = &elsewhere {
+        elsewhere.same_device(&view)?;
+        ferromoe_core::error::check_shape(OP, "base", elsewhere.shape(), &shape)
+            .map_err(crate::error::to_py)?;
+        if elsewhere.dtype() != view.dtype() {
+            return Err(elsewhere.type_error(view.dtype().name()));
+        }
+        inputs.push(elsewhere);
+    }
     let mut out = Output::out_or_empty(OP, out, y, &shape, view.dtype(), &inputs)?;
     match view.device() {
         Device::Cpu => with_float!(view, T, {
             let (y, maps) = (view.slice::<T>()?, plan.maps()?);
             let weights = weights.as_ref().map(accumulators::<<T as Element>::Acc>).transpose()?;
             let out = out.slice_mut::<T>()?;
-            run(py, || core::unpermute(y, hidden, maps, weights.as_deref(), out))?;
+            if let Some(base) = &elsewhere {
+                out.copy_from_slice(base.slice()?);
+            }
+            let accumulate = base.is_some();
+            run(py, || core::unpermute(y, hidden, maps, weights.as_deref(), accumulate, out))?;
         }),
+        Device::Cuda(_) if base.is_some() => return Err(no_kernel(OP)),
         Device::Cuda(_) => {
             let (stream, maps) = (view.stream(y)?, plan.device_maps()?);
             let weights = weights.as_ref().map(View::device_array).transpose()?;
@@ -171,7 +201,7 @@ pub fn unpermute_backward<'py>(
     for input in [&grad, &plan.slot_of_row, &weights] {
         input.same_device(&view)?;
     }
-    let hidden = width(OP, "y", &view, plan.rows())?;
+    let hidden = width(OP, "y", &view, plan.rows)?;
     let mut dy = Output::empty(OP, y, view.shape(), view.dtype())?;
     let sums = if view.dtype() == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
     let mut dw = Output::empty(OP, topk_weights, weights.shape(), sums)?;
@@ -194,4 +224,41 @@ pub fn unpermute_backward<'py>(
         }
     }
     Ok((dy.into_array(), dw.into_array()))
+}
+
+/// `(source_of_row, row_of_source)` of `num_rows` rows whose chunks are put in order.
+#[pyfunction]
+pub fn chunk_maps<'py>(
+    py: Python<'py>,
+    split_sizes: &Bound<'py, PyAny>,
+    order: &Bound<'py, PyAny>,
+    num_rows: i64,
+) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+    const OP: &str = "sort_chunks";
+    let sizes = View::new(OP, "split_sizes", split_sizes)?;
+    let places = View::new(OP, "order", order)?;
+    sizes.dims::<1>("[C]")?;
+    places.dims::<1>("[C]")?;
+    places.same_device(&sizes)?;
+    let rows = count(OP, "num_rows", num_rows)?;
+    let mut source_of_row = Output::empty(OP, split_sizes, &[rows], Dtype::I32)?;
+    let mut row_of_source = Output::empty(OP, split_sizes, &[rows, 1], Dtype::I32)?;
+    match sizes.device() {
+        Device::Cpu => {
+            let (sizes, places) = (integers(&sizes)?, integers(&places)?);
+            let (sources, rows) = (source_of_row.slice_mut()?, row_of_source.slice_mut()?);
+            run(py, || core_chunk_maps(&sizes, &places, sources, rows))?;
+        }
+        Device::Cuda(_) => return Err(no_kernel(OP)),
+    }
+    Ok((source_of_row.into_array(), row_of_source.into_array()))
+}
+
+/// The elements of an int32 or int64 array.
+fn integers<'a>(view: &'a View<'_>) -> PyResult<Cow<'a, [i64]>> {
+    match view.dtype() {
+        Dtype::I64 => Ok(Cow::Borrowed(view.slice()?)),
+        Dtype::I32 => Ok(view.slice::<i32>()?.iter().map(|&n| n.into()).collect()),
+        _ => Err(view.type_error("int32 or int64")),
+    }
 }

@@ -49,9 +49,13 @@ pub struct View<'py> {
 impl<'py> View<'py> {
     /// A view of `object`, which is copied first where it is not contiguous.
     pub fn new(op: &'static str, arg: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let view = Self::any_strides(op, arg, object)?;
-        if view.is_contiguous() {
-            return Ok(view);
+        Self::any_strides(op, arg, object)?.contiguous(object)
+    }
+
+    /// This view, or one of a copy of its `object` where that is not contiguous.
+    pub fn contiguous(self, object: &Bound<'py, PyAny>) -> PyResult<Self> {
+        if self.is_contiguous() {
+            return Ok(self);
         }
         let py = object.py();
         let copy = if object.hasattr(intern!(py, "contiguous"))? {
@@ -59,7 +63,7 @@ impl<'py> View<'py> {
         } else {
             library(object)?.call_method1(intern!(py, "ascontiguousarray"), (object,))?
         };
-        Self::any_strides(op, arg, &copy)
+        Self::any_strides(self.op, self.arg, &copy)
     }
 
     /// A matrix whose rows may lie apart, for [`View::rows`]; other strides are copied.
@@ -72,7 +76,8 @@ impl<'py> View<'py> {
         if view.row_stride().is_some() { Ok(view) } else { Self::new(op, arg, object) }
     }
 
-    fn any_strides(
+    /// A view of which shape, dtype and device may be asked, before [`View::contiguous`] copies.
+    pub fn any_strides(
         op: &'static str,
         arg: &'static str,
         object: &Bound<'py, PyAny>,

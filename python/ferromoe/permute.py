@@ -1,0 +1,318 @@
+"""Moving rows: to expert order and back, and chunks of rows into another order."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from importlib import import_module
+from math import prod
+from typing import Any
+
+from . import _check, _core
+from ._op import Operator, specification
+from .dispatch import require_plan
+from .types import Dispatch
+
+
+def _unpadded(slot_of_row: Any, row_of_slot: Any) -> bool:
+    """Tell whether there are slots, and a row for each, as the CUDA kernels take it to be."""
+    shape = tuple(getattr(row_of_slot, "shape", ()))
+    return getattr(slot_of_row, "shape", None) == (prod(shape),) and shape[1:] != (0,)
+
+
+def _permute_backward(saved: Sequence[Any], needs: Sequence[bool], grad: Any) -> Sequence[Any]:
+    slot_of_row, row_of_slot = saved
+    return _unpermute(grad, slot_of_row, row_of_slot, None, None), None, None
+
+
+_permute = Operator(
+    "permute",
+    schema="(Tensor x, Tensor slot_of_row, Tensor row_of_slot) -> Tensor",
+    kernel=_core.permute,
+    reference=specification("dispatch", "permute"),
+    check=_check.permute,
+    fake=lambda x, slot_of_row, row_of_slot: x.new_empty(slot_of_row.shape[0], x.shape[1]),
+    on_gpu=lambda x, slots, rows, *out: _unpadded(slots, rows),
+    save=lambda args, _: args[1:],
+    backward=_permute_backward,
+)
+
+
+def _unpermute_gradients(saved: Sequence[Any], needs: Sequence[bool], grad: Any) -> Sequence[Any]:
+    y, slot_of_row, row_of_slot, topk_weights = saved
+    dbase = grad if needs[4] else None
+    if topk_weights is None:
+        return _permute(grad, slot_of_row, row_of_slot), None, None, None, dbase
+    dy, dw = _unpermute_backward(grad, y, slot_of_row, row_of_slot, topk_weights)
+    return dy, None, None, dw.to(topk_weights.dtype), dbase
+
+
+_unpermute = Operator(
+    "unpermute",
+    schema="(Tensor y, Tensor slot_of_row, Tensor row_of_slot, Tensor? topk_weights, "
+    "Tensor? base) -> Tensor",
+    kernel=_core.unpermute,
+    reference=specification("dispatch", "unpermute"),
+    check=_check.unpermute,
+    fake=lambda y, slots, rows, w, base: y.new_empty(rows.shape[0], y.shape[1]),
+    on_gpu=lambda y, slots, rows, w, base=None, *out: base is None and _unpadded(slots, rows),
+    # The rows are needed for the weights' gradient only.
+    save=lambda args, _: args[:4] if args[3] is not None else (None, *args[1:4]),
+    backward=_unpermute_gradients,
+)
+
+
+def _fake_unpermute_backward(grad: Any, y: Any, slots: Any, rows: Any, weights: Any) -> Any:
+    import torch
+
+    wide = torch.promote_types(y.dtype, torch.float32)
+    return y.new_empty(y.shape), weights.new_empty(weights.shape, dtype=wide)
+
+
+_unpermute_backward = Operator(
+    "unpermute_backward",
+    schema="(Tensor grad, Tensor y, Tensor slot_of_row, Tensor row_of_slot, Tensor topk_weights)"
+    " -> (Tensor, Tensor)",
+    kernel=_core.unpermute_backward,
+    reference=specification("dispatch", "unpermute_backward"),
+    fake=_fake_unpermute_backward,
+    on_gpu=lambda grad, y, slots, rows, w: _unpadded(slots, rows),
+)
+
+
+def _fake_chunk_maps(split_sizes: Any, order: Any, num_rows: int) -> Any:
+    import torch
+
+    return (
+        split_sizes.new_empty(num_rows, dtype=torch.int32),
+        split_sizes.new_empty(num_rows, 1, dtype=torch.int32),
+    )
+
+
+_chunk_maps = Operator(
+    "chunk_maps",
+    schema="(Tensor split_sizes, Tensor order, SymInt num_rows) -> (Tensor, Tensor)",
+    kernel=_core.chunk_maps,
+    reference=specification("dispatch", "chunk_maps"),
+    check=_check.chunk_maps,
+    fake=_fake_chunk_maps,
+)
+
+
+def permute(x: Any, plan: Dispatch, *, out: Any = None) -> Any:
+    """Copy token rows into expert order.
+
+    Each expert's rows end up adjacent, which is the layout `grouped_matmul` reads.
+
+    Parameters
+    ----------
+    x : Tensor [T, H]
+        Token rows of any dtype: a torch tensor or a NumPy array.
+    plan : Dispatch
+        Where the rows go.
+    out : Tensor [T * K, H], optional
+        Contiguous memory for the result; only where no gradient is needed.
+
+    Returns
+    -------
+    Tensor [T * K, H]
+        Row `r` is ``x[plan.slot_of_row[r] // K]``, and zero where `slot_of_row` is -1: in the rows
+        past the last expert's, and in the padding of a plan from `pad_plan`, which has as many
+        rows as its `slot_of_row`.
+
+    Raises
+    ------
+    ValueError
+        If `x` has another number of rows than the plan has tokens.
+    TypeError
+        If `plan` is no `Dispatch`.
+
+    See Also
+    --------
+    unpermute : Sums the rows back per token, weighted.
+
+    Examples
+    --------
+    >>> plan = ferromoe.dispatch(torch.tensor([[1, 0], [1, 2]]), num_experts=3)
+    >>> ferromoe.permute(torch.tensor([[10.0], [20.0]]), plan).flatten()
+    tensor([10., 10., 20., 20.])
+    """
+    require_plan("permute", plan)
+    if out is None:
+        return _permute(x, plan.slot_of_row, plan.row_of_slot)
+    return _permute.into(out, x, plan.slot_of_row, plan.row_of_slot)
+
+
+def unpermute(
+    y: Any,
+    plan: Dispatch,
+    topk_weights: Any = None,
+    *,
+    out: Any = None,
+    accumulate: bool = False,
+) -> Any:
+    """Sum the rows of each token back, weighted.
+
+    Parameters
+    ----------
+    y : Tensor [T * K, H]
+        Rows in expert order (as many as `permute` makes), float32, bfloat16, float16 or float64.
+    plan : Dispatch
+        Where the rows came from.
+    topk_weights : Tensor [T, K], optional
+        Weight of each slot, of any floating dtype; 1 without it.
+    out : Tensor [T, H], optional
+        Contiguous memory for the result; only where no gradient is needed.
+    accumulate : bool
+        Add to what stands in `out`, a shared expert's output for example, before the rounding.
+
+    Returns
+    -------
+    Tensor [T, H]
+        ``sum over k of topk_weights[t, k] * y[plan.row_of_slot[t, k]]``, k ascending, accumulated
+        in float32 and rounded once. A slot that chose no expert is left out.
+
+    Raises
+    ------
+    ValueError
+        If a shape does not fit the plan.
+    TypeError
+        If `plan` is no `Dispatch`.
+
+    See Also
+    --------
+    permute : The way there.
+
+    Examples
+    --------
+    >>> plan = ferromoe.dispatch(torch.tensor([[1, 0], [1, 2]]), num_experts=3)
+    >>> rows = torch.tensor([[1.0], [2.0], [3.0], [4.0]])  # of experts 0, 1, 1, 2
+    >>> ferromoe.unpermute(rows, plan, torch.tensor([[0.5, 0.5], [1.0, 0.0]])).flatten()
+    tensor([1.5000, 3.0000])
+    """
+    require_plan("unpermute", plan)
+    args = y, plan.slot_of_row, plan.row_of_slot, topk_weights
+    if out is not None:
+        return _unpermute.into(out, *args, out if accumulate else None)
+    if accumulate:
+        raise ValueError("unpermute: accumulate must go with an out to add to, got none")
+    return _unpermute(*args, None)
+
+
+def permute_slots(values: Any, plan: Dispatch) -> Any:
+    """Copy values that belong to slots, routing weights for example, into expert order.
+
+    Parameters
+    ----------
+    values : Tensor [T, K, ...]
+        Of any dtype: a torch tensor or a NumPy array.
+    plan : Dispatch
+        Where the rows go.
+
+    Returns
+    -------
+    Tensor [T * K, ...]
+        Row `r` is ``values[plan.slot_of_row[r] // K, plan.slot_of_row[r] % K]``, and zero where
+        `slot_of_row` is -1.
+
+    Raises
+    ------
+    ValueError
+        If `values` has other tokens or slots than the plan.
+    TypeError
+        If `plan` is no `Dispatch`.
+
+    See Also
+    --------
+    permute : The same for values that belong to tokens.
+
+    Examples
+    --------
+    >>> plan = ferromoe.dispatch(torch.tensor([[1, 0], [1, 2]]), num_experts=3)
+    >>> ferromoe.permute_slots(torch.tensor([[0.7, 0.3], [0.6, 0.4]]), plan)
+    tensor([0.3000, 0.7000, 0.6000, 0.4000])
+    """
+    op = "permute_slots"
+    require_plan(op, plan)
+    _check.array(op, "values", values)
+    tokens, top_k = _check.shape(op, "row_of_slot", plan.row_of_slot, "T", "K")
+    got = list(values.shape)
+    if got[:2] != [tokens, top_k]:
+        raise ValueError(f"{op}: values must have shape [{tokens}, {top_k}, ...], got {got}")
+    # Each slot is a token of its own, with one slot.
+    flat = values.reshape((tokens * top_k, prod(got[2:])))
+    row_of_slot = plan.row_of_slot.reshape((tokens * top_k, 1))
+    rows = _permute(flat, plan.slot_of_row, row_of_slot)
+    return rows.reshape((rows.shape[0], *got[2:]))
+
+
+def sort_chunks(x: Any, split_sizes: Any, order: Any) -> Any:
+    """Cut rows into consecutive chunks and put these in another order.
+
+    This turns rows that lie rank by rank, and in each rank expert by expert, as an all-to-all
+    delivers them, into rows that lie expert by expert; and back.
+
+    Parameters
+    ----------
+    x : Tensor [N, ...]
+        Rows of any dtype: a torch tensor or a NumPy array.
+    split_sizes : Tensor [C] or sequence of int
+        Rows of each chunk, int32 or int64. They may add up to less than N.
+    order : Tensor [C] or sequence of int
+        Which chunk comes first, second...
+
+    Returns
+    -------
+    Tensor [N, ...]
+        The chunks ``order[0]``, ``order[1]``... behind each other. Rows past the last chunk stay
+        where they are.
+
+    Raises
+    ------
+    ValueError
+        If the sizes are negative or too large, or `order` does not name each chunk once; on a GPU
+        nobody looks.
+    TypeError
+        If the sizes or the order are no integers.
+
+    Examples
+    --------
+    >>> x = torch.arange(6)
+    >>> ferromoe.sort_chunks(x, [1, 2, 2], [2, 0, 1])
+    tensor([3, 4, 0, 1, 2, 5])
+
+    The way back:
+
+    >>> sizes, order = torch.tensor([1, 2, 2]), torch.tensor([2, 0, 1])
+    >>> there = ferromoe.sort_chunks(x, sizes, order)
+    >>> ferromoe.sort_chunks(there, sizes[order], order.argsort())
+    tensor([0, 1, 2, 3, 4, 5])
+    """
+    op = "sort_chunks"
+    _check.array(op, "x", x)
+    extents = list(x.shape)
+    if not extents:
+        raise ValueError(f"{op}: x must have shape [N, ...], got []")
+    sizes = _integers(op, "split_sizes", split_sizes, x)
+    places = _integers(op, "order", order, x)
+    source_of_row, row_of_source = _chunk_maps(sizes, places, extents[0])
+    # A source row is a token that has one slot.
+    flat = x.reshape((extents[0], prod(extents[1:])))
+    return _permute(flat, source_of_row, row_of_source).reshape(extents)
+
+
+def _integers(op: str, arg: str, values: Any, like: Any) -> Any:
+    """Return an array as it is, and a sequence as an array of the library and device of `like`."""
+    if hasattr(values, "__dlpack__"):
+        _check.same_device(op, arg, values, like)
+        return values
+    try:
+        numbers = [operator.index(value) for value in values]
+    except TypeError:
+        raise TypeError(
+            f"{op}: {arg} must be an array or a sequence of integers, got {values!r}"
+        ) from None
+    library = import_module(type(like).__module__.partition(".")[0])
+    if hasattr(like, "new_tensor"):
+        return like.new_tensor(numbers, dtype=library.int64)
+    return library.asarray(numbers, dtype=library.int64)
