@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -278,60 +277,3 @@ def test_arguments_of_the_wrong_kind_are_refused() -> None:
         ferromoe.route(logits, top_k=2, weights_dtype=torch.int32)
     with pytest.raises(ValueError, match=r"^route: router_logits must have shape \[T, E\]"):
         ferromoe.route(torch.tensor(1.0), top_k=1)
-
-
-# transformers
-
-
-@pytest.mark.parametrize(
-    ("family", "router", "settings", "options"),
-    [
-        ("mixtral", "MixtralTopKRouter", {}, {"renorm": "sum"}),
-        ("qwen3_moe", "Qwen3MoeTopKRouter", {"norm_topk_prob": True}, {"renorm": "sum"}),
-        ("qwen3_moe", "Qwen3MoeTopKRouter", {"norm_topk_prob": False}, {}),
-        ("olmoe", "OlmoeTopKRouter", {"norm_topk_prob": False}, {}),
-        (
-            "deepseek_v3",
-            "DeepseekV3TopkRouter",
-            {"n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
-            {
-                "score": "sigmoid",
-                "num_groups": 4,
-                "topk_groups": 2,
-                "renorm": "sum",
-                "eps": 1e-20,
-                "scale": 2.5,
-            },
-        ),
-        ("gpt_oss", "GptOssTopKRouter", {}, {"topk_on": "logits"}),
-    ],
-    ids=["mixtral", "qwen3-renorm", "qwen3", "olmoe", "deepseek-v3", "gpt-oss"],
-)
-def test_the_routers_of_transformers_are_arguments(
-    family: str, router: str, settings: dict[str, Any], options: dict[str, Any]
-) -> None:
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    config_class = getattr(
-        module, router.removesuffix("TopKRouter").removesuffix("TopkRouter") + "Config"
-    )
-    sizes = dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 16)
-    config = config_class(hidden_size=32, num_experts_per_tok=4, **settings)
-    for name, size in sizes.items():
-        if hasattr(config, name):
-            setattr(config, name, size)
-    theirs = getattr(module, router)(config)
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for tensor in [*theirs.parameters(), *theirs.buffers()]:
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) / 4)
-    x = torch.randn(200, 32, generator=generator)
-    with torch.no_grad():
-        logits, their_weights, their_ids = theirs(x)
-    bias = getattr(theirs, "e_score_correction_bias", None)
-    weights, ids, *_ = ferromoe.route(logits, top_k=4, bias=bias, **options)
-    # The order of a token's slots is arbitrary there: compare experts by number.
-    ids, order = ids.sort(dim=1)
-    their_ids, their_order = their_ids.sort(dim=1)
-    assert torch.equal(ids.long(), their_ids)
-    ours, expected = weights.gather(1, order), their_weights.gather(1, their_order)
-    assert float((ours - expected).abs().max()) <= 2.4e-7 * options.get("scale", 1.0)

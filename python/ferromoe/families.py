@@ -6,9 +6,14 @@ hold all experts, first axis). A record's `layouts` are tried in order.
 
 What `route` is to be called with stands in four places: `route` holds what is the same for every
 model of the family, `route_keys` says which key of the config an argument is read from, `route_if`
-which arguments hold where a flag of the config is true, and `per_expert_vectors` names the argument
-that a tensor is (null: it is a part of the logits). `defaults` are the values that transformers
-takes for keys that a config.json lacks.
+which arguments hold where a flag of the config is true (or, with ``key=value``, a key has that
+value), and `per_expert_vectors` names the argument that a tensor is (null: it is a part of the
+logits). `defaults` are the values that transformers takes for keys that a config.json lacks. A key
+of a part of the config is written ``part.key``. Where `top_k_key` is null, `route` holds the top_k.
+
+A record without `layouts` is of a family whose router is known and whose checkpoints are not; its
+`per_expert_vectors` go by the last part of the name, the router's own. `like` names a family that
+routes the same way but for the keys given.
 """
 
 from __future__ import annotations
@@ -27,6 +32,9 @@ from . import _core
 
 PARTS = ("gate", "up", "gate_up", "down", "gate_bias", "up_bias", "gate_up_bias", "down_bias")
 SAMPLE = 4096
+# What `like` shares: of two records of these, keys of one come on top of those of the other.
+MERGED = ("route", "route_keys", "route_if", "defaults")
+SHARED = ("count_keys", "top_k_key", "per_expert_vectors", *MERGED)
 
 
 class TensorFacts(NamedTuple):
@@ -134,10 +142,20 @@ def _ends(tensor: TensorFacts, whole: bool) -> list[tuple[int, int]]:
 
 @cache
 def families() -> dict[str, dict[str, Any]]:
-    """Return every record, by model type."""
+    """Return every record, by model type, with what it shares with another filled in."""
     text = resources.files(__package__).joinpath("families.json").read_text(encoding="utf-8")
-    found: dict[str, dict[str, Any]] = json.loads(text)
-    return found
+    written: dict[str, dict[str, Any]] = json.loads(text)
+
+    def whole(record: dict[str, Any]) -> dict[str, Any]:
+        if "like" not in record:
+            return record
+        other = whole(written[record["like"]])
+        shared = {key: other[key] for key in SHARED if key in other}
+        own = {key: value for key, value in record.items() if key != "like"}
+        merged = {key: {**shared.get(key, {}), **own[key]} for key in MERGED if key in own}
+        return {**shared, **own, **merged}
+
+    return {family: whole(record) for family, record in written.items()}
 
 
 def route_arguments(record: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -145,13 +163,24 @@ def route_arguments(record: dict[str, Any], config: dict[str, Any]) -> dict[str,
 
     A key that is null or 0 in the config leaves the argument at `route`'s own default.
     """
-    settings = {**record.get("defaults", {}), **_settings(config)}
+    defaults = record.get("defaults", {})
+
+    def read(key: str) -> Any:
+        value: Any = _settings(config)
+        for part in key.split("."):
+            if part not in value:
+                return defaults[key]
+            value = value[part]
+        return value
+
     arguments: dict[str, Any] = dict(record["route"])
     for argument, key in record.get("route_keys", {}).items():
-        if settings[key]:
-            arguments[argument] = settings[key]
-    for flag, more in record.get("route_if", {}).items():
-        if settings[flag]:
+        if value := read(key):
+            arguments[argument] = value
+    for condition, more in record.get("route_if", {}).items():
+        key, _, wanted = condition.partition("=")
+        value = read(key)
+        if value == wanted if wanted else value:
             arguments.update(more)
     return arguments
 
@@ -190,10 +219,12 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not isinstance(settings, dict):
         raise ValueError(f"checkpoint: config.json of {folder} must be an object, got {config!r}")
     family = settings.get("model_type")
-    if family not in families():
+    known = sorted(name for name, record in families().items() if "layouts" in record)
+    if family not in known:
+        half = " (only its router is known)" if family in list(families()) else ""
         raise ValueError(
-            f"checkpoint: model_type of {folder} must be one of {', '.join(sorted(families()))}, "
-            f"got {family!r}"
+            f"checkpoint: model_type of {folder} must be one of {', '.join(known)}, got "
+            f"{family!r}{half}"
         )
     record = families()[family]
     counts = [settings[key] for key in record["count_keys"] if key in settings]
