@@ -38,8 +38,9 @@ test: rust ## Rust and Python tests, docstring examples, and each benchmark once
 test-slow: ## The same with a hundred times the random cases
 	FERROMOE_SLOW=1 pytest -q
 
-bench: ## Time the benchmarks; K=permute picks some
+bench: ## Time the benchmarks and write the tables of bench/results; K=permute picks some
 	pytest bench --benchmark-enable --benchmark-columns=median,iqr,rounds $(if $(K),-k "$(K)")
+	$(if $(K),,python bench/routing_table.py)
 
 bench-compare: ## Benchmarks of BASE and of the working tree, interleaved; prints ratios
 	python bench/compare.py $(BASE) $(if $(K),-k "$(K)")

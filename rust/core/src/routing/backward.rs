@@ -82,7 +82,9 @@ impl<T: Element<Acc: Real>> Job for Backward<'_, T> {
             base_weights(options, !dense, &z, &ids, &mut s, weights);
             // s holds e^(z - max) of all experts if `dense`; the same sum in the same order.
             let total = if dense { real::sum(&s) } else { zero };
-            renormalise_backward(options, weights, &mut ds);
+            if !options.sums_to_one(!dense) {
+                renormalise_backward(options, weights, &mut ds);
+            }
             if dense {
                 let dot = dot(&ds, weights);
                 for (s, dz) in s.iter().zip(&mut dz) {

@@ -28,7 +28,7 @@ impl<A: Real> Groups<A> {
 
     /// Gives the experts outside the best groups the key of the fill value.
     #[inline(always)]
-    pub fn mask(&mut self, ranked: &[A], keys: &mut [A::Key], selector: &mut Selector<A::Key>) {
+    pub fn mask(&mut self, ranked: &[A], keys: &mut [A::Key], selector: &mut Selector) {
         self.values.clear();
         for (values, keys) in ranked.chunks(self.size).zip(keys.chunks(self.size)) {
             selector.select(keys, &mut self.best);

@@ -28,7 +28,7 @@ use crate::dtype::Element;
 use crate::error::{Result, check_shape};
 use crate::simd::{self, Job};
 use groups::Groups;
-use select::Selector;
+use select::{Key, Selector};
 use weigh::{scores, weigh};
 
 /// Chooses `options.top_k` experts per token: `ids [T, K]`, best first, and `weights [T, K]`.
@@ -93,7 +93,7 @@ impl<T: Element<Acc: Real>> Job for Forward<'_, T> {
         let changes = bias.is_some() || logits.mask.is_some();
         let mut changed = vec![zero; if changes { routed } else { 0 }];
         let mut keys = vec![zero.key(); routed];
-        let mut selector = Selector::new();
+        let mut selector = Selector::default();
         let mut groups = Groups::new(options, routed);
         let slots = weights.chunks_mut(options.slots()).zip(ids.chunks_mut(options.slots()));
         for (token, (weights, ids)) in slots.enumerate() {
@@ -143,7 +143,7 @@ impl<T: Element<Acc: Real>> Job for Forward<'_, T> {
 fn mask_keys<A: Real>(available: Option<&[u8]>, keys: &mut [A::Key]) {
     for (key, &available) in keys.iter_mut().zip(available.unwrap_or_default()) {
         if available == 0 {
-            *key = A::BELOW_ALL;
+            *key = A::Key::MIN;
         }
     }
 }

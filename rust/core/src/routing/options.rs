@@ -216,6 +216,14 @@ impl Options {
             || (self.renorm == Renorm::Sum && self.eps == 0.0 && !self.ranks_scores(biased))
     }
 
+    /// Whether the weights need no renormalising, being a softmax of nothing else.
+    pub(super) fn sums_to_one(&self, softmax_of_chosen: bool) -> bool {
+        softmax_of_chosen
+            && self.score == Score::Softmax
+            && self.renorm == Renorm::Sum
+            && self.eps == 0.0
+    }
+
     /// How many of a group's best are summed to its value.
     pub(super) fn summed(&self) -> usize {
         match self.group_score {

@@ -3,19 +3,20 @@
 //! Scores decide which experts a token gets, and `exp` of one library differs from another's in the
 //! last bit. These are therefore written out, with every fused multiply-add explicit.
 
+use super::select::Key;
 use crate::dtype::Accumulator;
 
 /// Lanes of a sum over experts: a warp, two AVX-512 registers, four AVX2 registers.
 const LANES: usize = 32;
+/// The experts of one token are seldom more.
+const FEW: usize = 8;
 
 /// What router arithmetic runs in: `f32`, or `f64` for `f64` logits.
 pub trait Real: Accumulator {
     /// An integer in the order of the values, NaN above +inf, −0 equal to +0.
-    type Key: Ord + Copy;
+    type Key: Key;
     /// Below every number.
     const LOWEST: Self;
-    /// Below the key of every value.
-    const BELOW_ALL: Self::Key;
     /// See [`Real::Key`].
     fn key(self) -> Self::Key;
     /// e to the power of `self`, within 1 ulp.
@@ -38,7 +39,6 @@ pub trait Real: Accumulator {
 impl Real for f32 {
     type Key = i32;
     const LOWEST: Self = f32::NEG_INFINITY;
-    const BELOW_ALL: i32 = i32::MIN;
 
     #[inline(always)]
     fn key(self) -> i32 {
@@ -110,7 +110,6 @@ fn power_of_two(n: i32) -> f32 {
 impl Real for f64 {
     type Key = i64;
     const LOWEST: Self = f64::NEG_INFINITY;
-    const BELOW_ALL: i64 = i64::MIN;
 
     #[inline(always)]
     fn key(self) -> i64 {
@@ -140,11 +139,14 @@ impl Real for f64 {
     }
 }
 
-/// 32 strided partial results, then a tree.
+/// `L` strided partial results, then a tree.
+///
+/// Of up to `L` values every number of lanes gives the same bits: the others hold what changes
+/// nothing.
 #[inline(always)]
-fn fold<A: Real>(values: &[A], start: A, f: impl Fn(A, A) -> A) -> A {
-    let mut part = [start; LANES];
-    let (blocks, rest) = values.as_chunks::<LANES>();
+fn fold_in<A: Real, const L: usize>(values: &[A], start: A, f: impl Fn(A, A) -> A) -> A {
+    let mut part = [start; L];
+    let (blocks, rest) = values.as_chunks::<L>();
     for block in blocks {
         for (part, &value) in part.iter_mut().zip(block) {
             *part = f(*part, value);
@@ -153,7 +155,7 @@ fn fold<A: Real>(values: &[A], start: A, f: impl Fn(A, A) -> A) -> A {
     for (part, &value) in part.iter_mut().zip(rest) {
         *part = f(*part, value);
     }
-    let mut width = LANES / 2;
+    let mut width = L / 2;
     while width > 0 {
         for lane in 0..width {
             part[lane] = f(part[lane], part[lane + width]);
@@ -161,6 +163,15 @@ fn fold<A: Real>(values: &[A], start: A, f: impl Fn(A, A) -> A) -> A {
         width /= 2;
     }
     part[0]
+}
+
+#[inline(always)]
+fn fold<A: Real>(values: &[A], start: A, f: impl Fn(A, A) -> A) -> A {
+    if values.len() <= FEW {
+        fold_in::<A, FEW>(values, start, f)
+    } else {
+        fold_in::<A, LANES>(values, start, f)
+    }
 }
 
 /// Sum in the fixed order.
@@ -174,6 +185,19 @@ pub fn sum<A: Real>(values: &[A]) -> A {
 /// A NaN, a +inf, or nothing but −inf makes the sum NaN.
 #[inline(always)]
 pub fn exp_and_sum<A: Real>(values: &mut [A]) -> A {
+    if values.len() <= FEW {
+        // A loop of known length is one vector; e^(−∞ − max) adds nothing.
+        let mut few = [A::LOWEST; FEW];
+        few.iter_mut().zip(&*values).for_each(|(few, &value)| *few = value);
+        let total = exp_of_all(&mut few);
+        values.iter_mut().zip(few).for_each(|(value, few)| *value = few);
+        return total;
+    }
+    exp_of_all(values)
+}
+
+#[inline(always)]
+fn exp_of_all<A: Real>(values: &mut [A]) -> A {
     let max = fold(values, A::LOWEST, |a, b| if b > a { b } else { a });
     for value in values.iter_mut() {
         *value = (*value - max).exp();

@@ -62,7 +62,7 @@ impl<T: Element<Acc: Real>> Job for Batch<'_, T> {
         let zero = T::Acc::default();
         let (mut z, mut s) = (vec![zero; logits.experts], vec![zero; logits.experts]);
         let mut keys = vec![zero.key(); logits.experts];
-        let mut selector = Selector::new();
+        let mut selector = Selector::default();
         for (token, ids) in self.ids.chunks_mut(options.top_k).enumerate() {
             let token = self.first + token;
             logits.load(token, options, &mut z);

@@ -70,7 +70,9 @@ fn weigh_all<A: Real>(
     } else {
         base_weights(options, softmax_of_chosen, z, ids, s, weights);
     }
-    renormalise(options, weights);
+    if !options.sums_to_one(softmax_of_chosen) {
+        renormalise(options, weights);
+    }
     let scale = A::from_f64(options.scale);
     for weight in weights {
         *weight = *weight * scale;
