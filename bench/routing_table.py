@@ -200,8 +200,9 @@ def page(found: list[dict[str, Any]], machine: str) -> str:
     lines = [
         "# Routing and dispatch on a CPU",
         "",
-        f"{machine}; float32 logits, rows of {HIDDEN} bfloat16. *ferromoe* is in microseconds, the",
-        "others in multiples of it (above 1: ours is faster), medians of samples taken in turns.",
+        f"{machine}; float32 logits,",
+        f"rows of {HIDDEN} bfloat16. *ferromoe* is in microseconds, the others in multiples of it",
+        "(above 1: ours is faster), medians of samples taken in turns.",
         "*copy* is `Tensor.copy_` of T·K rows into kept memory: what the machine can do.",
         "Made by `python bench/routing_table.py`.",
     ]
@@ -229,7 +230,7 @@ def main() -> None:
     features = ", ".join(
         name for name in ferromoe._core.cpu_features() if "512" in name or "avx2" in name
     )
-    machine = f"{torch.get_num_threads()} threads, {features}; torch {torch.__version__}"
+    machine = f"{torch.get_num_threads()} threads; {features}; torch {torch.__version__}"
     text = page(found, machine)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "routing.md").write_text(text)

@@ -5,8 +5,10 @@ use super::real::{self, Real};
 use crate::dtype::{Accumulator, Element};
 use crate::error::{Error, Result, check_shape};
 
-/// Bytes of logits that pay for waking a second thread.
-const GRAIN_BYTES: usize = 64 << 10;
+/// Logits that pay for waking a second thread, each token counting as [`TOKEN`] more.
+const GRAIN: usize = 24 << 10;
+/// What choosing and weighing cost beside the pass over a token's logits.
+const TOKEN: usize = 128;
 
 /// Router logits: rows of `experts` values, `stride` apart.
 #[derive(Debug, Clone, Copy)]
@@ -54,7 +56,7 @@ impl<'a, T> Logits<'a, T> {
 
     /// Tokens that one thread takes at a time.
     pub(super) fn batch(&self) -> usize {
-        GRAIN_BYTES.div_ceil((self.experts * size_of::<T>()).max(1))
+        GRAIN.div_ceil(self.experts + TOKEN)
     }
 
     pub(super) fn check(&self, op: &'static str, options: &Options) -> Result<()> {
