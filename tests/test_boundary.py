@@ -162,3 +162,22 @@ def test_an_unknown_backend_is_refused() -> None:
         ferromoe.use_backend("tpu"),
     ):
         pass
+
+
+def test_autograd_notices_that_out_was_overwritten() -> None:
+    plan = ferromoe.dispatch(torch.tensor([[0], [1]]), num_experts=2)
+    out, weight = torch.zeros(2, 1), torch.ones(2, 1, requires_grad=True)
+    loss = (out * weight).sum()
+    ferromoe.unpermute(torch.full((2, 1), 7.0), plan, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_a_traced_call_is_no_constant() -> None:
+    def run(logits: torch.Tensor) -> torch.Tensor:
+        return ferromoe.route(logits, top_k=2).topk_weights
+
+    traced = torch.jit.trace(run, torch.zeros(2, 4), check_trace=False)
+    logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(traced(logits), run(logits))

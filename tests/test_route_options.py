@@ -85,6 +85,57 @@ def test_replaying_its_own_ids_gives_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_its_own_choice_given_back_has_the_same_weights_with_a_bias_too() -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits, bias = torch.randn(60, 12, generator=generator), torch.randn(12, generator=generator)
+    for options in ({"renorm": "sum"}, {"renorm": "sum", "score": "sigmoid"}, {}):
+        own = ferromoe.route(logits, top_k=3, bias=bias, **options)
+        again = ferromoe.route(logits, top_k=3, bias=bias, ids=own.topk_ids, **options)
+        torch.testing.assert_close(again.topk_weights, own.topk_weights, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("elsewhere", [float("nan"), INF, 300.0])
+def test_logits_outside_of_the_given_ids_count_as_the_specification_says(elsewhere: float) -> None:
+    logits = torch.tensor([[elsewhere, 1.0, 2.0]])
+    results = []
+    for backend in ("cpu", "reference"):
+        z = logits.clone().requires_grad_()
+        with ferromoe.use_backend(backend):
+            weights = ferromoe.route(
+                z, top_k=2, ids=torch.tensor([[1, 2]]), renorm="sum"
+            ).topk_weights
+            weights[0, 0].backward()
+        results.append((weights.detach(), z.grad))
+    torch.testing.assert_close(results[0][0], results[1][0], equal_nan=True)
+    torch.testing.assert_close(results[0][1], results[1][1], equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_mask_does_not_let_dropped_groups_back_in(backend: str) -> None:
+    with ferromoe.use_backend(backend):
+        routing = ferromoe.route(
+            torch.tensor([[5.0, 4.0, 1.0, 0.0]]),
+            top_k=2,
+            num_groups=2,
+            topk_groups=1,
+            group_score="max",
+            expert_mask=torch.tensor([False, True, True, True]),
+        )
+    assert routing.topk_ids.tolist() == [[1, -1]]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_token_without_any_expert_adds_nothing_to_the_statistics(backend: str) -> None:
+    logits = torch.tensor([[1.0, 2.0], [3.0, 1.0]], requires_grad=True)
+    mask = torch.tensor([[True, True], [False, False]])
+    with ferromoe.use_backend(backend):
+        sums = ferromoe.route(logits, top_k=1, expert_mask=mask, stats=True).prob_sums
+    torch.testing.assert_close(sums, logits[0].softmax(-1))
+    sums[0].backward()
+    assert logits.grad is not None
+    assert logits.grad[1].tolist() == [0.0, 0.0]
+
+
 def test_given_ids_are_checked_and_named() -> None:
     logits = torch.zeros(2, 4)
     with pytest.raises(ValueError, match=r"^route: topk_ids must lie in -1\.\.3, got 4 at slot 3$"):

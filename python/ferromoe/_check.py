@@ -24,6 +24,16 @@ def array(op: str, arg: str, value: Any) -> None:
         )
 
 
+def floating(op: str, arg: str, value: Any) -> None:
+    """Fail on what is no torch tensor of floating-point numbers."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {arg} must be a torch tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {arg} must be floating-point, got {name_of(value)}")
+
+
 def shape(op: str, arg: str, value: Any, *expected: int | str) -> list[int]:
     """Return the extents, if they are the expected ones; a word stands for any extent."""
     array(op, arg, value)
@@ -61,12 +71,19 @@ def same_device(op: str, arg: str, value: Any, other: Any) -> None:
 
 def index(op: str, arg: str, value: Any, last: int) -> None:
     """Fail on the first entry outside of -1..last."""
-    if value.is_cuda:
+    if value.is_cuda or _is_abstract(value):
         return
     flat = value.flatten()
     if (wrong := (flat < -1) | (flat > last)).any():
         at = int(wrong.int().argmax())
-        raise ValueError(f"{op}: {arg} must lie in -1..{last}, got {int(flat[at])} at index {at}")
+        raise ValueError(f"{op}: {arg} must lie in -1..{last}, got {int(flat[at])} at slot {at}")
+
+
+def _is_abstract(value: Any) -> bool:
+    """Tell a tensor inside a function transform, whose values nobody can read."""
+    import torch
+
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
 
 
 def offsets(op: str, value: Any, rows: int) -> None:

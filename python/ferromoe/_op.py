@@ -176,7 +176,10 @@ class Operator:
             out[...] = result
             return out
         if route in ("direct", "arrays"):
-            return self.kernel(*args, out)
+            self.kernel(*args, out)
+            if side is not None:
+                side.mark_written(out)
+            return out
         raise ValueError(
             f"{self.name}: out must be left out where a gradient is needed or a graph is traced, "
             f"got {type(out).__name__}"

@@ -67,6 +67,8 @@ def route_of(operator: Operator, args: Sequence[Any], arrays: int) -> str:
             route = "direct"
     if route == "arrays":
         return route
+    if torch._C._get_tracing_state() is not None:
+        return "dispatcher"  # torch.jit.trace would take a direct call's result for a constant
     if (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
@@ -98,6 +100,7 @@ def _is_direct(args: Sequence[Any]) -> bool:
         torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
         and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
         and type(args[0]) in _PLAIN
     )
 
@@ -111,6 +114,12 @@ def _has_kernels(
             return False
         return _selfcheck.runs_kernels(operator.name, tensor, backend)
     return tensor.is_cpu
+
+
+def mark_written(out: Any) -> None:
+    """Tell autograd that a kernel wrote into a tensor, which a graph may have saved."""
+    if isinstance(out, torch.Tensor) and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
 
 
 def run_reference(operator: Operator, args: Sequence[Any]) -> Any:

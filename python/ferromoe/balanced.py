@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _check
 from .dispatch import dispatch
 from .routing import flat_rows, route
 from .types import Routing
@@ -250,11 +251,7 @@ def route_sinkhorn(
 
 def _logits(operation: str, router_logits: Tensor) -> Tensor:
     """Return the logits as [T, E], float32 at least."""
-    if not router_logits.is_floating_point():
-        raise TypeError(
-            f"{operation}: router_logits must hold floating-point numbers, "
-            f"got {router_logits.dtype}"
-        )
+    _check.floating(operation, "router_logits", router_logits)
     matrix: Tensor = flat_rows(router_logits)
     if matrix.ndim != 2:
         raise ValueError(f"{operation}: router_logits must have shape [..., E], got []")

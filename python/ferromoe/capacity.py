@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import _check
 from .dispatch import dispatch
 from .routing import flat_rows
 from .types import Routing
@@ -111,6 +112,7 @@ def limit_capacity(
     if capacity < 0:
         raise ValueError(f"limit_capacity: capacity must be at least 0, got {capacity}")
     weights, ids = routing.topk_weights, routing.topk_ids
+    _check.floating("limit_capacity", "topk_weights", weights)
     if weights.shape != ids.shape:
         raise ValueError(
             f"limit_capacity: topk_weights must have the shape of topk_ids, {list(ids.shape)}, "

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from . import _check
 from .capacity import leave_out
 from .routing import flat_rows, route
 from .types import Routing
@@ -46,6 +47,7 @@ def jitter(x: Tensor, *, eps: float, generator: Generator | None) -> Tensor:
     """
     if not eps >= 0:
         raise ValueError(f"jitter: eps must be at least 0, got {eps}")
+    _check.floating("jitter", "x", x)
     wide = torch.promote_types(x.dtype, torch.float32)
     uniform = torch.rand(x.shape, generator=generator, dtype=wide, device=x.device)
     return (x * (1 - eps + 2 * eps * uniform)).to(x.dtype)
@@ -77,6 +79,7 @@ def add_noise(router_logits: Tensor, *, std: float | Tensor, generator: Generato
     >>> ferromoe.add_noise(logits, std=0.0, generator=torch.Generator().manual_seed(0))
     tensor([[1., 2.]])
     """
+    _check.floating("add_noise", "router_logits", router_logits)
     if isinstance(std, (int, float)) and not std >= 0:
         raise ValueError(f"add_noise: std must be at least 0, got {std}")
     wide = torch.promote_types(router_logits.dtype, torch.float32)
@@ -138,6 +141,8 @@ def route_noisy(
     >>> noisy.load
     tensor([0., 1., 1.])
     """
+    _check.floating("route_noisy", "router_logits", router_logits)
+    _check.floating("route_noisy", "noise_logits", noise_logits)
     if router_logits.shape != noise_logits.shape:
         raise ValueError(
             f"route_noisy: noise_logits must have the shape of router_logits, "

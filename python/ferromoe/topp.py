@@ -6,7 +6,7 @@ from math import inf
 from typing import Any
 
 from . import _check, _core
-from ._op import Operator, specification
+from ._op import Operator, specification, torch_side
 from .routing import OPTIONS, flat_rows, route
 from .types import Routing
 
@@ -34,7 +34,13 @@ def route_topp(
     p: float = 0.4,
     min_k: int = 1,
     max_k: int | None = None,
-    **route_options: Any,
+    renorm: str | float | None = None,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    expert_scale: Any = None,
+    padding_mask: Any = None,
+    stats: bool | str = False,
+    weights_dtype: Any = None,
 ) -> Routing:
     """Give each token as many experts as its probabilities need to exceed `p`.
 
@@ -50,9 +56,8 @@ def route_topp(
         exceeds `p`; the sum runs in float32, and `p` is rounded to it.
     min_k, max_k : int
         Bounds on the experts of a token. While a graph is traced `max_k` must be given.
-    **route_options
-        What `route` does to weights and statistics: renorm, eps, scale, expert_scale, padding_mask,
-        stats, weights_dtype.
+    renorm, eps, scale, expert_scale, padding_mask, stats, weights_dtype
+        What `route` does to the weights and counts.
 
     Returns
     -------
@@ -72,6 +77,10 @@ def route_topp(
     tensor([[ 0,  1],
             [ 2, -1]], dtype=torch.int32)
     """
+    _check.array("route_topp", "router_logits", router_logits)
+    side = torch_side()
+    if max_k is None and side is not None and side.is_compiling():
+        raise ValueError("route_topp: max_k must be given while a graph is traced, got none")
     matrix = flat_rows(router_logits)
     most = matrix.shape[-1] if max_k is None else max_k
     plain = most, "softmax", "score", 1, 1, "max", -inf, None, 0.0, 0.0, 1.0, 1.0, None, 0
@@ -80,7 +89,18 @@ def route_topp(
         used = (ids >= 0).sum(-1)
         ids = ids[:, : int(used.max()) if len(used) else 0]
     ids = ids.reshape(*router_logits.shape[:-1], ids.shape[-1])
-    return route(router_logits, top_k=ids.shape[-1], ids=ids, **route_options)
+    return route(
+        router_logits,
+        top_k=ids.shape[-1],
+        ids=ids,
+        renorm=renorm,
+        eps=eps,
+        scale=scale,
+        expert_scale=expert_scale,
+        padding_mask=padding_mask,
+        stats=stats,
+        weights_dtype=weights_dtype,
+    )
 
 
 def experts_per_token(routing: Routing) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,20 +148,28 @@ class RoutingRecord:
             for name, calls in self.ids.items()
             for number, call in enumerate(calls)
         }
-        save_file(tensors, path, metadata={"format": _FORMAT})
+        # Layers without a call have no tensor.
+        metadata = {"format": _FORMAT, "layers": json.dumps(list(self.ids))}
+        save_file(tensors, path, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RoutingRecord:
         """Read what `save` wrote."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
+        must = f"RoutingRecord.load: path must name a {_FORMAT!r}"
         record = cls()
-        with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("format")
-            if found != _FORMAT:
-                raise ValueError(
-                    f"RoutingRecord.load: path must name a {_FORMAT!r}, got {found!r} in {path}"
-                )
+        try:
+            opened = safe_open(path, "pt")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{must}, got nothing at {path}") from error
+        except SafetensorError as error:
+            raise ValueError(f"{must}, got {error} in {path}") from error
+        with opened as file:
+            metadata = file.metadata() or {}
+            if (found := metadata.get("format")) != _FORMAT:
+                raise ValueError(f"{must}, got {found!r} in {path}")
+            record.ids.update({name: [] for name in json.loads(metadata.get("layers", "[]"))})
             keys = [key.rpartition(".") for key in file.keys()]  # noqa: SIM118 (no mapping)
             for name, _, number in sorted(keys, key=lambda key: int(key[2])):
                 record.ids.setdefault(name, []).append(file.get_tensor(f"{name}.{number}"))

@@ -88,6 +88,8 @@ def route(
         value = groups.sort(-1, descending=True).values[..., :summed].sum(-1)
         live = torch.zeros_like(value, dtype=torch.bool).scatter(-1, best(value, topk_groups), True)
         c = groups.masked_fill(~live[..., None], group_fill).flatten(-2)
+        if expert_mask is not None and group_fill == -torch.inf:
+            expert_mask = expert_mask & live.repeat_interleave(routed // num_groups, dim=-1)
     if expert_mask is None:
         ids = best(c, top_k)
     else:
@@ -202,12 +204,17 @@ def route_stats(
     logit_scale, softcap, num_shared = options[-3:]
     z = prepare(router_logits, expert_mask, logit_scale, softcap, num_shared)
     routed = z.shape[-1] - num_shared
+    some = (z[..., :routed] > -torch.inf).any(-1) if expert_mask is not None else None
+    if some is not None:
+        z = torch.where(some[:, None], z, 0.0)
     p = SCORES[score](z[..., :routed])
     if score != "softmax":
         p = p / (p.sum(-1, keepdim=True) + 1e-20)
     # -1 and shared experts count in a last column, which goes.
     column = topk_ids.long().masked_fill((topk_ids < 0) | (topk_ids >= routed), routed)
     counts = torch.nn.functional.one_hot(column, routed + 1).sum(1)[:, :routed]
+    if some is not None:
+        p = torch.where(some[:, None], p, 0.0)
     if padding_mask is not None:
         p = torch.where(padding_mask[:, None], p, 0.0)
         counts = torch.where(padding_mask[:, None], counts, 0)

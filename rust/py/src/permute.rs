@@ -183,7 +183,7 @@ pub fn unpermute<'py>(
     Ok(out.into_array())
 }
 
-/// `(dy, dw)` of `unpermute` with weights; `dw` has the weights' dtype.
+/// `(dy, dw)` of `unpermute` with weights; `dw` has the type that sums run in.
 #[pyfunction]
 pub fn unpermute_backward<'py>(
     py: Python<'py>,

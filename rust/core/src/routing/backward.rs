@@ -1,7 +1,7 @@
 //! The gradient of `route`, in closed form, from the logits and the chosen experts.
 
-use super::weigh::{base_weights, divisor, score_slope};
-use super::{Logits, Options, Real, Renorm, Score, real};
+use super::weigh::{base_weights, chosen_suffice, divisor, score_slope};
+use super::{Logits, Options, Real, Renorm, Score, TopkOn, real};
 use crate::chunks::for_each_chunk;
 use crate::dtype::{Accumulator, Element};
 use crate::error::{Result, check_shape};
@@ -62,7 +62,7 @@ impl<T: Element<Acc: Real>> Job for Backward<'_, T> {
         let mut ids = Vec::with_capacity(options.slots());
         let mut ds = Vec::with_capacity(options.slots());
         let mut weights = vec![zero; options.slots()];
-        let dense = options.score == Score::Softmax && !options.softmax_of_chosen(self.biased);
+        let softmax_of_chosen = options.softmax_of_chosen(self.biased);
         for (token, out) in self.logits_grad.chunks_mut(logits.experts).enumerate() {
             let token = self.first + token;
             logits.load(token, options, &mut z);
@@ -74,6 +74,9 @@ impl<T: Element<Acc: Real>> Job for Backward<'_, T> {
                     ds.push(scale * self.grad[slot]);
                 }
             }
+            let chosen = softmax_of_chosen
+                && (options.topk_on == TopkOn::Logits || chosen_suffice(&z, &ids));
+            let dense = options.score == Score::Softmax && !chosen;
             let weights = &mut weights[..ids.len()];
             if ids.is_empty() {
                 out.fill(T::default());
@@ -165,8 +168,8 @@ fn slopes<A: Real>(options: &Options, z: &[A], ids: &[i32], scores: &[A], ds: &m
 
 #[cfg(test)]
 mod tests {
+    use super::super::route;
     use super::super::tests::PLAIN;
-    use super::super::{TopkOn, route};
     use super::*;
 
     /// Every score, order and renormalisation that go together.

@@ -1,7 +1,7 @@
 //! Weights of experts that somebody else chose: a table, a recording, another router.
 
-use super::weigh::weigh;
-use super::{Logits, Options, Real};
+use super::weigh::{chosen_suffice, weigh};
+use super::{Logits, Options, Real, TopkOn};
 use crate::chunks::for_each_chunk;
 use crate::dtype::Element;
 use crate::error::{Result, check_shape};
@@ -53,6 +53,8 @@ impl<T: Element<Acc: Real>> Job for Given<'_, T> {
             let token = first + token;
             let ids = &ids[token * options.slots()..][..options.slots()];
             logits.load(token, options, &mut z);
+            let softmax_of_chosen =
+                softmax_of_chosen && (options.topk_on == TopkOn::Logits || chosen_suffice(&z, ids));
             weigh(options, false, softmax_of_chosen, &z, &mut s, ids, weights);
         }
     }

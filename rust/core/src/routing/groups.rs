@@ -2,12 +2,12 @@
 
 use super::options::Options;
 use super::real::Real;
-use super::select::Selector;
+use super::select::{Key, Selector};
 
 /// What one thread keeps from token to token.
 pub struct Groups<A: Real> {
     size: usize,
-    fill: A,
+    fill: A::Key,
     values: Vec<A::Key>,
     best: Vec<i32>,
     kept: Vec<i32>,
@@ -15,11 +15,17 @@ pub struct Groups<A: Real> {
 
 impl<A: Real> Groups<A> {
     /// None where no group drops out.
-    pub fn new(options: &Options, experts: usize) -> Option<Self> {
+    pub fn new(options: &Options, experts: usize, masked: bool) -> Option<Self> {
+        // A mask may leave fewer experts than slots in the groups that are kept; the rest are empty.
+        let fill = if masked && options.group_fill == f64::NEG_INFINITY {
+            A::Key::MIN
+        } else {
+            A::from_f64(options.group_fill).key()
+        };
         let size = experts / options.num_groups;
         options.grouped().then(|| Self {
             size,
-            fill: A::from_f64(options.group_fill),
+            fill,
             values: Vec::with_capacity(options.num_groups),
             best: vec![0; options.summed().min(size)],
             kept: vec![0; options.topk_groups],
@@ -40,7 +46,7 @@ impl<A: Real> Groups<A> {
         selector.select(&self.values, &mut self.kept);
         for (group, keys) in keys.chunks_mut(self.size).enumerate() {
             if !self.kept.contains(&(group as i32)) {
-                keys.fill(self.fill.key());
+                keys.fill(self.fill);
             }
         }
     }

@@ -94,7 +94,7 @@ impl<T: Element<Acc: Real>> Job for Forward<'_, T> {
         let mut changed = vec![zero; if changes { routed } else { 0 }];
         let mut keys = vec![zero.key(); routed];
         let mut selector = Selector::default();
-        let mut groups = Groups::new(options, routed);
+        let mut groups = Groups::new(options, routed, logits.mask.is_some());
         let slots = weights.chunks_mut(options.slots()).zip(ids.chunks_mut(options.slots()));
         for (token, (weights, ids)) in slots.enumerate() {
             let token = first + token;
@@ -126,11 +126,9 @@ impl<T: Element<Acc: Real>> Job for Forward<'_, T> {
             }
             let (chosen, shared) = ids.split_at_mut(options.top_k);
             selector.select(&keys, chosen);
-            if let Some(available) = available {
-                chosen
-                    .iter_mut()
-                    .filter(|id| available[**id as usize] == 0)
-                    .for_each(|id| *id = -1);
+            if available.is_some() {
+                let empty = |id: &&mut i32| keys[**id as usize] == Key::MIN;
+                chosen.iter_mut().filter(empty).for_each(|id| *id = -1);
             }
             shared.iter_mut().zip(routed..).for_each(|(id, expert)| *id = expert as i32);
             weigh(options, ranks_scores, softmax_of_chosen, &z, &mut s, ids, weights);

@@ -181,6 +181,9 @@ impl Options {
         if !(self.eps >= 0.0 && self.eps.is_finite()) {
             return fail("eps", "be finite and at least 0".into(), self.eps.to_string());
         }
+        if !self.scale.is_finite() {
+            return fail("scale", "be finite".into(), self.scale.to_string());
+        }
         if let Some(cap) = self.softcap.filter(|cap| !(*cap > 0.0 && cap.is_finite())) {
             return fail("softcap", "be finite and above 0".into(), cap.to_string());
         }

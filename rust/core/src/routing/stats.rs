@@ -48,6 +48,17 @@ impl Sequences<'_> {
     }
 }
 
+/// Whether a token's experts have probabilities: it counts, and some expert is available.
+fn has_shares<T>(
+    logits: &Logits<'_, T>,
+    sequences: Sequences<'_>,
+    num_shared: usize,
+    token: usize,
+) -> bool {
+    let available = logits.available(token, num_shared);
+    sequences.counts(token) && available.is_none_or(|mask| mask.iter().any(|&expert| expert != 0))
+}
+
 /// Writes `expert_counts [B, E]`, slots of real tokens by expert, and `prob_sums [B, E]`, the sum of
 /// each expert's share of all scores over the real tokens. E counts routed experts.
 ///
@@ -120,7 +131,11 @@ impl<T: Element<Acc: Real>> Job for Sum<'_, T> {
         let zero = T::Acc::default();
         let mut z = vec![zero; self.logits.experts];
         let mut p = vec![zero; self.sums.len()];
-        for token in (self.begin..self.end).filter(|&token| self.sequences.counts(token)) {
+        let num_shared = self.options.num_shared;
+        for token in self.begin..self.end {
+            if !has_shares(&self.logits, self.sequences, num_shared, token) {
+                continue;
+            }
             self.logits.load(token, self.options, &mut z);
             let total = shares(self.options.score, &z, &mut p);
             for (sum, &p) in self.sums.iter_mut().zip(&p) {
@@ -185,7 +200,7 @@ impl<T: Element<Acc: Real>> Job for Backward<'_, T> {
         let mut s = vec![zero; routed];
         for (token, out) in self.logits_grad.chunks_mut(logits.experts).enumerate() {
             let token = self.first + token;
-            if !self.sequences.counts(token) {
+            if !has_shares(&logits, self.sequences, options.num_shared, token) {
                 out.fill(T::default());
                 continue;
             }

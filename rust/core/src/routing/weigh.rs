@@ -27,6 +27,20 @@ pub fn score_slope<A: Real>(score: Score, z: A, s: A) -> A {
     }
 }
 
+/// Whether the softmax of chosen experts is their share of all: with a NaN or +∞ outside of them, or
+/// with all of them lost beside another, it is not.
+///
+/// Of the best experts it always is.
+#[inline(always)]
+pub fn chosen_suffice<A: Real>(z: &[A], ids: &[i32]) -> bool {
+    const NEAR: f64 = 80.0; // e^-80 is a normal number
+    let larger = |a: A, b: A| if b > a { b } else { a };
+    let best = ids.iter().filter(|&&id| id >= 0).map(|&id| z[id as usize]).fold(A::LOWEST, larger);
+    let limit = best + A::from_f64(NEAR);
+    // Written so that a NaN fails.
+    z.iter().all(|&z| z <= limit && z < -A::LOWEST)
+}
+
 /// Weights of the slots of one token: 0 where an id is −1.
 ///
 /// `z` are its logits; `s` its scores if `scored`, else scratch of the same length.
