@@ -115,8 +115,8 @@ impl Plan {
     }
 
     fn host(&self) -> core::Maps<'_> {
-        let Self { slot_of_row, row_of_slot, top_k, .. } = self;
-        core::Maps { slot_of_row, row_of_slot, top_k: *top_k }
+        let Self { tokens, top_k, slot_of_row, row_of_slot } = self;
+        core::Maps { slot_of_row, row_of_slot, tokens: *tokens, top_k: *top_k }
     }
 
     fn device(&self) -> Maps<'_> {
@@ -186,7 +186,7 @@ where
             let host = weighted.then_some(weights.as_slice());
             let device = weighted.then(|| array(&narrow, W::DTYPE));
             let mut expected = vec![T::round(nine); tokens * hidden];
-            core::unpermute(&y, hidden, plan.host(), host, &mut expected).unwrap();
+            core::unpermute(&y, hidden, plan.host(), host, false, &mut expected).unwrap();
             let mut out = vec![T::round(nine); tokens * hidden];
             let mut out_array = array_mut(&mut out, T::DTYPE);
             unpermute(stream(0), y_array, hidden, plan.device(), device, &mut out_array).unwrap();
@@ -244,7 +244,7 @@ fn sixteen_bit_sums_round_once_and_to_nearest() {
         let (y, narrow) = (floats(plan.slots() * hidden, 0), floats(plan.slots(), 2));
         let weights: Vec<T::Acc> = narrow.iter().map(|w| w.widen()).collect();
         let mut expected = vec![T::default(); tokens * hidden];
-        core::unpermute(&y, hidden, plan.host(), Some(&weights), &mut expected).unwrap();
+        core::unpermute(&y, hidden, plan.host(), Some(&weights), false, &mut expected).unwrap();
         let mut out = expected.iter().map(|_| T::default()).collect::<Vec<_>>();
         let mut out_array = array_mut(&mut out, dtype);
         let weights = Some(array(&narrow, dtype));
