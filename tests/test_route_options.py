@@ -136,6 +136,35 @@ def test_a_token_without_any_expert_adds_nothing_to_the_statistics(backend: str)
     assert logits.grad[1].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("numpy", [False, True])
+def test_given_ids_of_masked_experts_leave_their_slots_empty(per_token: bool, numpy: bool) -> None:
+    logits, ids = torch.zeros(2, 4), torch.tensor([[3, 1], [0, -1]])
+    mask = torch.tensor([True, True, True, False])
+    mask = mask.expand(2, 4) if per_token else mask
+    arrays = [array.numpy() if numpy else array for array in (logits, ids, mask)]
+    routing = ferromoe.route(
+        arrays[0], top_k=2, ids=arrays[1], expert_mask=arrays[2], renorm="sum", stats=True
+    )
+    assert routing.topk_ids.tolist() == [[-1, 1], [0, -1]]
+    assert routing.topk_weights.tolist() == [[0.0, 1.0], [1.0, 0.0]]
+    assert routing.expert_counts.tolist() == [1, 1, 0, 0]
+
+
+def test_a_padding_mask_of_another_shape_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^route: padding_mask must have shape \[2, 3\], got \[3, 2\]"
+    ):
+        ferromoe.route(
+            torch.zeros(2, 3, 8), top_k=2, stats=True, padding_mask=torch.ones(3, 2).bool()
+        )
+
+
+def test_a_flag_is_no_renormalisation() -> None:
+    with pytest.raises(ValueError, match=r"^route: renorm must be None, a name or the p of a norm"):
+        ferromoe.route(torch.zeros(2, 4), top_k=2, renorm=True)
+
+
 def test_given_ids_are_checked_and_named() -> None:
     logits = torch.zeros(2, 4)
     with pytest.raises(ValueError, match=r"^route: topk_ids must lie in -1\.\.3, got 4 at slot 3$"):

@@ -109,8 +109,10 @@ def limit_capacity(
     if policy not in _POLICIES:
         names = ", ".join(_POLICIES)
         raise ValueError(f"limit_capacity: policy must be one of {names}, got {policy!r}")
-    if capacity < 0:
-        raise ValueError(f"limit_capacity: capacity must be at least 0, got {capacity}")
+    if not isinstance(capacity, int) or capacity < 0:
+        raise ValueError(
+            f"limit_capacity: capacity must be a whole number of at least 0, got {capacity}"
+        )
     weights, ids = routing.topk_weights, routing.topk_ids
     _check.floating("limit_capacity", "topk_weights", weights)
     if weights.shape != ids.shape:

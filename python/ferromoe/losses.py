@@ -401,7 +401,9 @@ def _real_tokens(
     _check_tensor(operation, "padding_mask", padding_mask)
     if padding_mask.dtype != torch.bool:
         raise TypeError(f"{operation}: padding_mask must be bool, got {padding_mask.dtype}")
-    if padding_mask.numel() != len(logits):
+    lead = router_logits.shape[:-1]
+    one_is_flat = padding_mask.dim() < 2 or len(lead) < 2
+    if padding_mask.numel() != len(logits) or not (one_is_flat or padding_mask.shape == lead):
         raise ValueError(
             f"{operation}: padding_mask must have one entry for each of the {len(logits)} tokens,"
             f" got shape {list(padding_mask.shape)}"

@@ -230,6 +230,8 @@ def route(
     shape: tuple[int, ...] = getattr(router_logits, "shape", ())
     lead = shape[:-1]
     matrix = flat_rows(router_logits)
+    if isinstance(renorm, bool):
+        raise ValueError(f"route: renorm must be None, a name or the p of a norm, got {renorm}")
     name, p = (renorm, 0.0) if renorm is None or isinstance(renorm, str) else ("a number", renorm)
     groups = num_groups, topk_groups, group_score, group_fill
     options = top_k, score, topk_on, *groups, name, p, eps, scale, logit_scale, softcap, num_shared
@@ -238,7 +240,7 @@ def route(
     if ids is None:
         weights, ids = _route(matrix, bias, expert_mask, *options)
     else:
-        ids = flat_rows(ids)
+        ids = _leave_out(flat_rows(ids), expert_mask, matrix, num_shared)
         weights = _route_weights(matrix, ids, expert_mask, *options)
     counts = prob_sums = None
     if stats:
@@ -246,6 +248,8 @@ def route(
             raise ValueError(f"route: stats must be a bool or 'sequence', got {stats!r}")
         if padding_mask is not None:
             _check.array("route", "padding_mask", padding_mask)
+            if len(padding_mask.shape) > 1 and len(lead) > 1:  # else one of them is flattened
+                _check.shape("route", "padding_mask", padding_mask, *lead)
             padding_mask = padding_mask.reshape(-1)
         sequences = prod(lead[:-1]) if stats == "sequence" else 1
         counts, prob_sums = _route_stats(
@@ -270,6 +274,23 @@ def flat_rows(array: Any) -> Any:
     return array if len(shape) in (0, 2) else array.reshape(prod(shape[:-1]), shape[-1])
 
 
+def _leave_out(ids: Any, expert_mask: Any, router_logits: Any, num_shared: int) -> Any:
+    """Empty the slots of given ids whose expert is masked."""
+    shape: tuple[int, ...] = getattr(router_logits, "shape", ())
+    mask_shape: tuple[int, ...] = getattr(expert_mask, "shape", ())
+    routed = shape[-1] - num_shared if shape else 0
+    if not mask_shape or not routed or mask_shape[-1] != routed or len(ids) != shape[0]:
+        return ids  # no mask, or shapes that the kernel refuses with a message
+    place = ids.clip(0, routed - 1)
+    if hasattr(expert_mask, "gather"):
+        available = expert_mask.expand(len(ids), routed).gather(1, place.long())
+        return ids.masked_fill(~available & (ids < routed), -1)
+    import numpy
+
+    available = numpy.take_along_axis(numpy.broadcast_to(expert_mask, (len(ids), routed)), place, 1)
+    return numpy.where(available | (ids >= routed), ids, -1)
+
+
 def _of_experts(values: Any, ids: Any) -> Any:
     """Look up a value per expert; that of expert 0 where an id is -1, whose weight is 0."""
     if not hasattr(values, "requires_grad"):
@@ -282,7 +303,11 @@ def _of_experts(values: Any, ids: Any) -> Any:
 
 def _cast(weights: Any, dtype: Any) -> Any:
     if hasattr(weights, "astype"):
+        import numpy
+
+        if not numpy.issubdtype(dtype, numpy.floating):
+            raise TypeError(f"route: weights_dtype must be a floating-point dtype, got {dtype}")
         return weights.astype(dtype, copy=False)
-    if not dtype.is_floating_point:
+    if not getattr(dtype, "is_floating_point", False):
         raise TypeError(f"route: weights_dtype must be a floating-point dtype, got {dtype}")
     return weights.to(dtype)
