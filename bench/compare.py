@@ -69,9 +69,13 @@ def main() -> None:
                 ratios.setdefault(name, []).append(old[name] / new[name])
     table = Table(title=f"Times faster than {arguments.base}, median of {arguments.rounds} rounds")
     for column in ("benchmark", "ratio", "lowest", "highest"):
-        table.add_column(column, justify="left" if column == "benchmark" else "right")
+        name = column == "benchmark"
+        table.add_column(column, justify="left" if name else "right", overflow="fold")
     for name, values in sorted(ratios.items()):
-        table.add_row(name, *(f"{v:.2f}" for v in (median(values), min(values), max(values))))
+        table.add_row(
+            name.partition("::")[2],
+            *(f"{v:.2f}" for v in (median(values), min(values), max(values))),
+        )
     Console().print(table)
 
 
