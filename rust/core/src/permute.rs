@@ -92,6 +92,9 @@ pub fn unpermute<T: Element>(
     Ok(())
 }
 
+/// Columns that are summed at once: four of the widest vectors.
+const BLOCK: usize = 64;
+
 /// One token's sum.
 struct WeightedSum<'a, T: Element> {
     y: &'a [T],
@@ -105,38 +108,48 @@ struct WeightedSum<'a, T: Element> {
 impl<T: Element> Job for WeightedSum<'_, T> {
     type Output = ();
 
-    /// Sums in the accumulator type, a block of columns at a time so that it stays in registers.
+    /// Sums a block of columns at a time, so that the sums stay in registers: for whole blocks the
+    /// compiler knows how many.
     #[inline(always)]
-    fn run(self) {
-        const BLOCK: usize = 64;
-        let hidden = self.out.len();
-        for (index, out) in self.out.chunks_mut(BLOCK).enumerate() {
-            let mut sum = [T::Acc::default(); BLOCK];
-            if self.accumulate {
-                for (sum, out) in sum.iter_mut().zip(out.iter()) {
-                    *sum = out.widen();
+    fn run(mut self) {
+        let (blocks, rest) = std::mem::take(&mut self.out).as_chunks_mut::<BLOCK>();
+        let whole = blocks.len() * BLOCK;
+        let hidden = whole + rest.len();
+        for (index, block) in blocks.iter_mut().enumerate() {
+            self.columns(index * BLOCK, hidden, block);
+        }
+        self.columns(whole, hidden, rest);
+    }
+}
+
+impl<T: Element> WeightedSum<'_, T> {
+    /// At most a block of columns, the first of them number `begin` of `hidden`.
+    #[inline(always)]
+    fn columns(&self, begin: usize, hidden: usize, out: &mut [T]) {
+        let mut sum = [T::Acc::default(); BLOCK];
+        if self.accumulate {
+            for (sum, out) in sum.iter_mut().zip(out.iter()) {
+                *sum = out.widen();
+            }
+        }
+        for (k, &row) in self.rows.iter().enumerate() {
+            let Ok(row) = usize::try_from(row) else { continue };
+            let row = &self.y[row * hidden + begin..][..out.len()];
+            match self.weights {
+                Some(weights) => {
+                    for (sum, value) in sum.iter_mut().zip(row) {
+                        *sum += weights[k] * value.widen();
+                    }
+                }
+                None => {
+                    for (sum, value) in sum.iter_mut().zip(row) {
+                        *sum += value.widen();
+                    }
                 }
             }
-            for (k, &row) in self.rows.iter().enumerate() {
-                let Ok(row) = usize::try_from(row) else { continue };
-                let begin = row * hidden + index * BLOCK;
-                let row = &self.y[begin..begin + out.len()];
-                match self.weights {
-                    Some(weights) => {
-                        for (sum, value) in sum.iter_mut().zip(row) {
-                            *sum += weights[k] * value.widen();
-                        }
-                    }
-                    None => {
-                        for (sum, value) in sum.iter_mut().zip(row) {
-                            *sum += value.widen();
-                        }
-                    }
-                }
-            }
-            for (out, sum) in out.iter_mut().zip(sum) {
-                *out = T::round(sum);
-            }
+        }
+        for (out, sum) in out.iter_mut().zip(sum) {
+            *out = T::round(sum);
         }
     }
 }
