@@ -356,3 +356,6 @@ def test_experts_that_return_the_token_are_a_factor_on_it() -> None:
     torch.testing.assert_close(out, expected)
     with pytest.raises(ValueError, match=r"^skip_experts: first must be at least 0, got -1$"):
         ferromoe.skip_experts(chosen, first=-1)
+    arrays = ferromoe.Routing(chosen.topk_weights.numpy(), chosen.topk_ids.numpy())
+    with pytest.raises(TypeError, match=r"^skip_experts: topk_weights must be a torch tensor, got"):
+        ferromoe.skip_experts(arrays, first=4)

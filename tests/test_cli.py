@@ -150,6 +150,14 @@ def test_the_version_is_told() -> None:
             2,
             "plan: kappa must be left out for m-smoe, which has no such option, got 2",
         ),
+        (
+            [
+                *("plan", "MODEL", "--method", "stun", "--experts", "3", "--dry-run"),
+                *("--kappa", "-1"),
+            ],
+            2,
+            "plan: kappa must be at least 0, got -1",
+        ),
         (["fly"], 2, "No such command 'fly'"),
         (["demo", "--shape", "round"], 2, "shape must be one of olmoe"),
     ],

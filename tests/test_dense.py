@@ -49,6 +49,8 @@ def test_dense_routings_that_make_no_sense_are_refused() -> None:
         ferromoe.as_dense(ferromoe.Routing(weights, torch.tensor([[0]])), 3)
     with pytest.raises(TypeError, match=r"^as_dense: topk_ids must be a torch tensor, got list$"):
         ferromoe.as_dense(ferromoe.Routing(weights, [[0]]), 3)
+    with pytest.raises(TypeError, match=r"^as_dense: topk_ids must be int32 or int64, got"):
+        ferromoe.as_dense(ferromoe.Routing(weights, weights + 0.5), 3)
 
 
 def test_dense_routings_compile() -> None:

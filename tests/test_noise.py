@@ -181,8 +181,12 @@ def test_a_second_choice_stays_with_twice_its_weight() -> None:
 
 def test_noise_that_means_nothing_is_refused() -> None:
     x = torch.ones(2, 3)
-    with pytest.raises(ValueError, match=r"^jitter: eps must be at least 0, got -0\.1$"):
+    with pytest.raises(ValueError, match=r"^jitter: eps must lie in 0\.\.1, got -0\.1$"):
         ferromoe.jitter(x, eps=-0.1, generator=None)
+    with pytest.raises(ValueError, match=r"^jitter: eps must lie in 0\.\.1, got 5$"):
+        ferromoe.jitter(x, eps=5, generator=None)
+    with pytest.raises(TypeError, match=r"^jitter: x must be floating-point, got int64$"):
+        ferromoe.jitter(x.long(), eps=0.1, generator=None)
     with pytest.raises(ValueError, match=r"^add_noise: std must be at least 0, got nan$"):
         ferromoe.add_noise(x, std=NAN, generator=None)
     message = (

@@ -266,6 +266,7 @@ def skip_experts(routing: Routing, *, first: int) -> tuple[Routing, Tensor]:
     """
     if first < 0:
         raise ValueError(f"skip_experts: first must be at least 0, got {first}")
+    _check.floating("skip_experts", "topk_weights", routing.topk_weights)
     skipped = routing.topk_ids >= first
     own = torch.where(skipped, routing.topk_weights, 0).sum(-1, keepdim=True)
     return leave_out(routing, ~skipped), own

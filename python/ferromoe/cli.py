@@ -164,7 +164,7 @@ def _ranges(numbers: list[int]) -> str:
 def plan(
     model: Model,
     method: Annotated[str, typer.Option(help="A method that `ferromoe inspect` lists.")],
-    experts: Annotated[int, typer.Option(help="Experts to keep in each layer.")],
+    experts: Annotated[int, typer.Option(help="Experts per layer; an average if expanded.")],
     output: Annotated[Path | None, typer.Option(help="Where the plan goes, as JSON.")] = None,
     form: Annotated[str, typer.Option(help="compact or expanded.")] = "compact",
     calibrate: Annotated[

@@ -31,6 +31,8 @@ def as_dense(routing: Routing, num_experts: int) -> tuple[Any, Any]:
     ValueError
         If a token names an expert twice, which this form cannot say, or one that does not exist. On
         a GPU nobody looks: the weights add up, and an expert that does not exist is none.
+    TypeError
+        If the routing does not hold torch tensors, or its ids are no integers.
 
     Examples
     --------
@@ -42,6 +44,8 @@ def as_dense(routing: Routing, num_experts: int) -> tuple[Any, Any]:
     for name, tensor in (("topk_weights", weights), ("topk_ids", ids)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"as_dense: {name} must be a torch tensor, got {type(tensor).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"as_dense: topk_ids must be int32 or int64, got {ids.dtype}")
     if ids.ndim != 2 or weights.shape != ids.shape:
         raise ValueError(
             f"as_dense: topk_weights must have shape [T, K] as topk_ids has, "

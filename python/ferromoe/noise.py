@@ -32,7 +32,8 @@ def jitter(x: Tensor, *, eps: float, generator: Generator | None) -> Tensor:
     eps : float
         Half the width, at least 0.
     generator : torch.Generator or None
-        Where the numbers come from; None is torch's own, the one that `torch.compile` traces.
+        Where the numbers come from; None is torch's own, which `torch.compile` traces
+        for shapes that do not vary.
 
     Returns
     -------
@@ -45,8 +46,8 @@ def jitter(x: Tensor, *, eps: float, generator: Generator | None) -> Tensor:
     >>> ferromoe.jitter(torch.ones(3), eps=0.01, generator=generator)
     tensor([0.9999, 1.0054, 0.9918])
     """
-    if not eps >= 0:
-        raise ValueError(f"jitter: eps must be at least 0, got {eps}")
+    if not 0 <= eps <= 1:
+        raise ValueError(f"jitter: eps must lie in 0..1, got {eps}")
     _check.floating("jitter", "x", x)
     wide = torch.promote_types(x.dtype, torch.float32)
     uniform = torch.rand(x.shape, generator=generator, dtype=wide, device=x.device)
@@ -66,7 +67,8 @@ def add_noise(router_logits: Tensor, *, std: float | Tensor, generator: Generato
         Standard deviation, for all or for each; a tensor has a gradient. Tutel's ``gate_noise``
         is ``std * E``.
     generator : torch.Generator or None
-        Where the numbers come from; None is torch's own, the one that `torch.compile` traces.
+        Where the numbers come from; None is torch's own, which `torch.compile` traces
+        for shapes that do not vary.
 
     Returns
     -------
@@ -118,7 +120,8 @@ def route_noisy(
     top_k : int
         Experts per token, at most E.
     generator : torch.Generator or None
-        Where the numbers come from; None is torch's own, the one that `torch.compile` traces.
+        Where the numbers come from; None is torch's own, which `torch.compile` traces
+        for shapes that do not vary.
 
     Returns
     -------
@@ -180,7 +183,8 @@ def sample_second_choice(routing: Routing, *, generator: Generator | None) -> Ro
     routing : Routing
         Weights and ids [..., 2], the weights with a sum of 1 (``renorm="sum"``).
     generator : torch.Generator or None
-        Where the numbers come from; None is torch's own, the one that `torch.compile` traces.
+        Where the numbers come from; None is torch's own, which `torch.compile` traces
+        for shapes that do not vary.
 
     Returns
     -------

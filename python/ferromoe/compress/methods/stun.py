@@ -37,6 +37,8 @@ def plan(
     """
     if form != "compact":
         raise ValueError(f"plan: form must be compact for stun, which drops experts, got {form!r}")
+    if kappa < 0:
+        raise ValueError(f"plan: kappa must be at least 0, got {kappa}")
     weights = Weights(checkpoint)
     layers = []
     for number, layer in enumerate(checkpoint.layers):
