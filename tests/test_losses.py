@@ -353,6 +353,23 @@ def test_a_million_tokens_leave_the_balance_exact() -> None:
     assert float(loss) == 1.0
 
 
+@pytest.mark.parametrize("num_tokens", [0, torch.tensor(0), torch.tensor([3, 0])], ids=str)
+def test_counts_without_tokens_are_refused_and_weigh_nothing_where_they_are_not_read(
+    num_tokens: int | Tensor,
+) -> None:
+    def loss(probs: Tensor, counts: Tensor, num_tokens: int | Tensor = num_tokens) -> Tensor:
+        return ferromoe.load_balancing_loss(probs, counts, num_tokens=num_tokens, top_k=1)
+
+    probs, counts, expected = torch.tensor([2.0, 1.0]), torch.tensor([2, 1]), torch.tensor(0.0)
+    if isinstance(num_tokens, Tensor) and num_tokens.dim():
+        expected = loss(probs, counts, 3)  # of the one sequence that has tokens
+        probs, counts = probs.expand(2, 2), counts.expand(2, 2)
+    with pytest.raises(ValueError, match="num_tokens must be at least 1 where experts were count"):
+        loss(probs, counts)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(probs, counts), expected)
+
+
 # Under torch.compile
 
 

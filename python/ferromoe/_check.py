@@ -71,7 +71,7 @@ def same_device(op: str, arg: str, value: Any, other: Any) -> None:
 
 def index(op: str, arg: str, value: Any, last: int) -> None:
     """Fail on the first entry outside of -1..last."""
-    if value.is_cuda or _is_abstract(value):
+    if value.is_cuda or is_abstract(value):
         return
     flat = value.flatten()
     if (wrong := (flat < -1) | (flat > last)).any():
@@ -79,7 +79,7 @@ def index(op: str, arg: str, value: Any, last: int) -> None:
         raise ValueError(f"{op}: {arg} must lie in -1..{last}, got {int(flat[at])} at slot {at}")
 
 
-def _is_abstract(value: Any) -> bool:
+def is_abstract(value: Any) -> bool:
     """Tell a tensor inside a function transform, whose values nobody can read."""
     import torch
 

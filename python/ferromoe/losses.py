@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import _check
+
 # The value at perfect balance, given top_k and num_layers. It is also the only thing in which the
 # conventions differ: each is this times E * sum(share of choices * mean probability).
 CONVENTIONS: dict[str, Callable[[int, int], float]] = {
@@ -67,7 +69,8 @@ def load_balancing_loss(
     Raises
     ------
     ValueError
-        If shapes do not go together or an option is out of its range.
+        If shapes do not go together, an option is out of its range, or experts were counted where
+        there are no tokens. Counts on a GPU, or in a compiled graph, are not read: their loss is 0.
     TypeError
         If `prob_sums` is not a tensor of floating-point numbers, or the counts are no tensor.
 
@@ -125,6 +128,8 @@ def load_balancing_loss(
         raise ValueError(f"{operation}: num_tokens must be at least 0, got {num_tokens}")
     else:
         tokens = _at_least_one(num_tokens)
+    _check_counted(operation, num_tokens, counts)
+    counts = counts * (num_tokens > 0)  # where they cannot be read: 0, not a sum over no tokens
     share = counts / tokens / (1 if convention == "gshard" else top_k)
     # Per token first: T * T would leave float32's exact integers early, and float16's range.
     loss = (share * (probs / tokens)).sum() / _at_least_one(sequences)
@@ -358,6 +363,18 @@ def _at_balance(operation: str, name: str, convention: str, top_k: int, num_laye
     if num_layers < 1:
         raise ValueError(f"{operation}: num_layers must be at least 1, got {num_layers}")
     return CONVENTIONS[convention](top_k, num_layers)
+
+
+def _check_counted(operation: str, num_tokens: int | Tensor, counts: Tensor) -> None:
+    """Fail on counts without tokens, unless reading them waits for a GPU or breaks a graph."""
+    wrong = counts.ne(0) & torch.as_tensor(num_tokens <= 0)
+    if torch.compiler.is_compiling() or wrong.is_cuda or _check.is_abstract(wrong):
+        return
+    if wrong.any():
+        least = int(num_tokens.min()) if isinstance(num_tokens, Tensor) else num_tokens
+        raise ValueError(
+            f"{operation}: num_tokens must be at least 1 where experts were counted, got {least}"
+        )
 
 
 def _by_group(sizes: int | Sequence[int], counts: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
