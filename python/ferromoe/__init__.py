@@ -15,45 +15,40 @@ from .types import Activation, Dispatch, ExpertWeights, Routing
 
 if TYPE_CHECKING:
     from . import nn
+    from .balance_losses import convert_coefficient, load_balancing_loss, variation_loss
     from .balanced import route_expert_choice, route_sinkhorn, sinkhorn
     from .capacity import expert_capacity, limit_capacity, skip_experts
     from .dense import as_dense
     from .integrations.recording import RoutingRecord, record_routing, replay_routing
     from .integrations.transformers import disable, enable
-    from .losses import (
-        convert_coefficient,
-        load_balancing_loss,
-        router_entropy,
-        router_z_loss,
-        update_selection_bias,
-        variation_loss,
-    )
     from .noise import add_noise, jitter, route_noisy, sample_second_choice
+    from .router_losses import router_entropy, router_z_loss
+    from .selection_bias import update_selection_bias
 
 # Where names stand that are loaded when first asked for: they need torch or transformers.
 _LATER = {
     "RoutingRecord": ".integrations.recording",
     "add_noise": ".noise",
     "as_dense": ".dense",
-    "convert_coefficient": ".losses",
+    "convert_coefficient": ".balance_losses",
     "disable": ".integrations.transformers",
     "enable": ".integrations.transformers",
     "expert_capacity": ".capacity",
     "jitter": ".noise",
     "limit_capacity": ".capacity",
-    "load_balancing_loss": ".losses",
+    "load_balancing_loss": ".balance_losses",
     "record_routing": ".integrations.recording",
     "replay_routing": ".integrations.recording",
     "route_expert_choice": ".balanced",
     "route_noisy": ".noise",
     "route_sinkhorn": ".balanced",
-    "router_entropy": ".losses",
-    "router_z_loss": ".losses",
+    "router_entropy": ".router_losses",
+    "router_z_loss": ".router_losses",
     "sample_second_choice": ".noise",
     "sinkhorn": ".balanced",
     "skip_experts": ".capacity",
-    "update_selection_bias": ".losses",
-    "variation_loss": ".losses",
+    "update_selection_bias": ".selection_bias",
+    "variation_loss": ".balance_losses",
 }
 
 __all__ = [

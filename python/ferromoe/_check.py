@@ -24,12 +24,17 @@ def array(op: str, arg: str, value: Any) -> None:
         )
 
 
-def floating(op: str, arg: str, value: Any) -> None:
-    """Fail on what is no torch tensor of floating-point numbers."""
+def tensor(op: str, arg: str, value: Any) -> None:
+    """Fail on what is no torch tensor."""
     import torch
 
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {arg} must be a torch tensor, got {type(value).__name__}")
+
+
+def floating(op: str, arg: str, value: Any) -> None:
+    """Fail on what is no torch tensor of floating-point numbers."""
+    tensor(op, arg, value)
     if not value.is_floating_point():
         raise TypeError(f"{op}: {arg} must be floating-point, got {name_of(value)}")
 
