@@ -156,6 +156,13 @@ def _draw_chunks(
     return [x], {"sizes": sizes, "order": torch.randperm(size.num_experts, generator=generator)}
 
 
+def _draw_counts(
+    size: Size, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[list[Tensor], dict[str, Any]]:
+    values, rest = _draw_chunks(size, dtype, generator)
+    return values, {"counts": rest["sizes"], "num_rows": 4 * size.tokens}
+
+
 def _draw_plan(
     size: Size, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[list[Tensor], dict[str, Any]]:
@@ -350,6 +357,8 @@ CASES = [
         lambda x, sizes, order: ferromoe.sort_chunks(x, sizes, order),
         _draw_chunks,
     ),
+    Case("pad_rows", partial(ferromoe.pad_rows, align=4), _draw_counts),
+    Case("unpad_rows", partial(ferromoe.unpad_rows, align=1), _draw_counts),
     grouped_case("plain"),
     grouped_case("transposed", transposed=True),
     grouped_case("biased", bias=True),

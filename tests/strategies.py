@@ -49,6 +49,16 @@ def chunks(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @st.composite
+def paddings(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
+    """Rows [N, 3] without a zero, counts of experts that leave some rows out, and an alignment."""
+    counts = draw(st.lists(st.sampled_from([0, 0, 1, 2, 7, 16, 40]), max_size=12))
+    rows = sum(counts) + draw(st.sampled_from([0, 1, 5]))
+    dtype = draw(st.sampled_from([torch.int32, torch.int64]))
+    x = 1 + torch.arange(rows * 3).view(rows, 3).float()
+    return x, torch.tensor(counts, dtype=dtype), draw(st.sampled_from([1, 3, 16]))
+
+
+@st.composite
 def router_logits(draw: st.DrawFn, dtypes: Any = None) -> tuple[Tensor, int]:
     """Logits [T, E] and K, some with many ties, some with extreme values."""
     tokens, num_experts = draw(token_counts), draw(expert_counts)

@@ -75,13 +75,22 @@ def test_out_where_a_gradient_is_needed_is_refused() -> None:
     ("x", "message"),
     [
         (X.to_sparse(), "permute: x must be a torch, NumPy or CuPy array, got Tensor whose memory"),
+        (
+            X.cfloat().to_sparse(),
+            "permute: x must be a torch, NumPy or CuPy array, got Tensor whose",
+        ),
         ([[1.0, 2.0]], "permute: x must be a torch, NumPy or CuPy array, got list"),
-        (X.to(torch.complex64), "permute: x must be of a known dtype, got torch.complex64"),
     ],
 )
 def test_what_is_no_dense_array_is_refused(x: object, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         ferromoe.permute(x, PLAN)
+
+
+def test_a_dtype_that_nothing_computes_with_is_refused() -> None:
+    message = r"^unpermute: y must be of a known dtype, got torch.complex64$"
+    with pytest.raises(TypeError, match=message):
+        ferromoe.unpermute(torch.zeros(4, 2, dtype=torch.complex64), PLAN)
 
 
 def test_a_wrong_number_of_tokens_is_refused() -> None:

@@ -1,8 +1,6 @@
-"""Moving rows to expert order and back, and chunks of rows into another order."""
+"""Moving rows to expert order and back."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +12,16 @@ from torch import Tensor
 import ferromoe
 from accuracy import largest
 from cases import draw_ids, plan_of
-from strategies import chunks, routings
+from strategies import routings
 from test_ops import SIZES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BYTES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.bool]
+EXOTIC = [
+    *(torch.int8, torch.uint8, torch.bool, torch.int16, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+    *(torch.float8_e8m0fnu, torch.float4_e2m1fn_x2, torch.bits8, torch.bits16),
+    *(torch.complex64, torch.complex128),
+]
 every_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
 
 
@@ -66,11 +69,12 @@ def test_rows_of_padding_are_zero(routing: tuple[Tensor, int], align: int, min_b
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", BYTES, ids=str)
-def test_rows_of_single_bytes_move_too(dtype: torch.dtype, backend: str) -> None:
+@pytest.mark.parametrize("dtype", EXOTIC, ids=str)
+def test_rows_of_every_dtype_move_bit_for_bit(dtype: torch.dtype, backend: str) -> None:
     plan = some_plan()
     tokens, top_k = plan.row_of_slot.shape
-    x = torch.randint(0, 2 if dtype == torch.bool else 256, (tokens, 9), generator=generator())
+    shape = tokens, 9 * dtype.itemsize
+    x = torch.randint(2 if dtype == torch.bool else 256, shape, generator=generator())
     x = x.byte().view(dtype)
     live = int(plan.expert_offsets[-1])
     token = plan.slot_of_row[:live].long() // top_k
@@ -79,11 +83,57 @@ def test_rows_of_single_bytes_move_too(dtype: torch.dtype, backend: str) -> None
         assert rows.dtype == dtype
         assert torch.equal(in_bytes(rows[:live]), in_bytes(x)[token])
         assert not in_bytes(rows[live:]).any()
+        out = torch.empty_like(rows)
+        assert ferromoe.permute(x, plan, out=out) is out
+        assert torch.equal(in_bytes(out), in_bytes(rows))
         swapped = ferromoe.sort_chunks(x, [50, 30], [1, 0])
         expected = torch.cat([in_bytes(x)[50:80], in_bytes(x)[:50], in_bytes(x)[80:]])
         assert torch.equal(in_bytes(swapped), expected)
         values = x[:, None].expand(tokens, top_k, 9)
         assert torch.equal(in_bytes(ferromoe.permute_slots(values, plan)), in_bytes(rows))
+
+
+@pytest.mark.parametrize("dtype", ["c8", "c16", "u2", "u4", "u8", ">i4", "S3", "M8[s]", "i4,f8"])
+def test_rows_of_every_numpy_dtype_move_too(dtype: str) -> None:
+    plan = ferromoe.dispatch(np.array([[1, 0], [1, -1]]), num_experts=2)
+    x = np.arange(2 * 16 * 3).astype(np.uint8).reshape(2, -1)
+    x = x[:, : x.shape[1] // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize]
+    x = np.ascontiguousarray(x).view(dtype)
+    rows = ferromoe.permute(x, plan)
+    assert rows.dtype == x.dtype
+    assert rows.tobytes() == x[[0, 0, 1]].tobytes() + bytes(x[0].nbytes)
+    strided = x.repeat(2, axis=1)[:, ::2]
+    assert ferromoe.permute(strided, plan).tobytes() == rows.tobytes()
+
+
+def test_python_objects_are_no_rows() -> None:
+    plan = ferromoe.dispatch(np.array([[1, 0]]), num_experts=2)
+    with pytest.raises(TypeError, match=r"^permute: x must hold no Python objects, got object$"):
+        ferromoe.permute(np.array([[None]]), plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint32], ids=str)
+def test_an_x_of_any_dtype_has_the_plans_tokens(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=r"^permute: x must have shape \[130, H\], got \[3, 7\]$"):
+        ferromoe.permute(torch.zeros(3, 7, dtype=dtype), some_plan())
+    out = torch.zeros(len(some_plan().slot_of_row), 7)
+    with pytest.raises(TypeError, match=r"^permute: out must be (complex64|uint32), got float32$"):
+        ferromoe.permute(torch.zeros(130, 7, dtype=dtype), some_plan(), out=out)
+
+
+def test_complex_rows_have_a_gradient() -> None:
+    plan = plan_of(torch.tensor([[0, 1], [1, -1], [0, 2]]), 3)
+    z = torch.randn(3, 2, dtype=torch.complex128, generator=generator(), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: ferromoe.permute(z, plan), z)
+    assert torch.equal(ferromoe.permute(z.conj(), plan), ferromoe.permute(z, plan).conj())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint32, torch.float8_e8m0fnu], ids=str)
+def test_exotic_rows_trace(dtype: torch.dtype) -> None:
+    plan = some_plan()
+    x = torch.randint(256, (130, 24), generator=generator()).byte().view(dtype)
+    compiled = torch.compile(ferromoe.permute, backend="aot_eager", fullgraph=True)
+    assert torch.equal(in_bytes(compiled(x, plan)), in_bytes(ferromoe.permute(x, plan)))
 
 
 @given(routings())
@@ -212,67 +262,6 @@ def test_gradients_of_weights_add_up_as_accurately_as_torch(
     theirs = largest((grad.float() * y.float()).sum(1) - exact)
     # The inputs' own rounding does not count here: both sides read the same rounded values.
     assert largest(weights.grad[:, 0] - exact) <= 2 * theirs
-
-
-@given(chunks())
-def test_chunks_stand_in_order_and_the_way_back_is_the_identity(
-    case: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    x, sizes, order = case
-    parts = x[: int(sizes.sum())].split(sizes.tolist()) if len(sizes) else []
-    rest = x[int(sizes.sum()) :]
-    expected = torch.cat([*(parts[chunk] for chunk in order.tolist()), rest])
-    there = ferromoe.sort_chunks(x, sizes, order)
-    assert torch.equal(there, expected)
-    lists = ferromoe.sort_chunks(x, sizes.tolist(), order.tolist())
-    assert torch.equal(lists, expected)
-    with ferromoe.use_backend("reference"):
-        assert torch.equal(ferromoe.sort_chunks(x, sizes, order), expected)
-    back = ferromoe.sort_chunks(there, sizes[order.long()], order.argsort())
-    assert torch.equal(back, x)
-    identity = torch.arange(len(sizes))
-    assert torch.equal(ferromoe.sort_chunks(x, sizes, identity), x)
-
-
-def test_chunks_turn_from_rank_major_to_expert_major_and_back() -> None:
-    ranks, experts = 3, 2
-    counts = torch.tensor([[2, 1], [0, 3], [1, 1]])
-    x = torch.tensor([[r, e] for r in range(ranks) for e in range(experts)])
-    x = x.repeat_interleave(counts.flatten(), 0)
-    order = torch.arange(ranks * experts).view(ranks, experts).T.flatten()
-    sorted_x = ferromoe.sort_chunks(x, counts.flatten(), order)
-    assert sorted_x.tolist() == sorted(x.tolist(), key=lambda row: row[1])
-
-
-def test_chunks_of_rows_of_any_shape_and_library() -> None:
-    x = torch.randn(5, 2, 3, generator=generator())
-    expected = torch.cat([x[2:4], x[:2], x[4:]])
-    assert torch.equal(ferromoe.sort_chunks(x, [2, 2], [1, 0]), expected)
-    assert torch.equal(ferromoe.sort_chunks(x[:, 0, 0], (2, 2), (1, 0)), expected[:, 0, 0])
-    moved = ferromoe.sort_chunks(x.numpy(), [2, 2], np.array([1, 0]))
-    assert isinstance(moved, np.ndarray)
-    np.testing.assert_array_equal(moved, expected.numpy())
-
-
-@every_backend
-@pytest.mark.parametrize(
-    ("sizes", "order", "error", "message"),
-    [
-        ([1, -1], [0, 1], ValueError, "split_sizes must not be negative, got -1 at index 1"),
-        ([1, 4], [0, 1], ValueError, "split_sizes must add up to at most 4 rows, got 5 at index 1"),
-        ([1, 2], [0, 2], ValueError, "order must name each of the 2 chunks once, got 2 at index 1"),
-        ([1, 2], [0, 0], ValueError, "order must name each of the 2 chunks once, got 0 at index 1"),
-        ([1, 2], [0], ValueError, r"order must have shape \[2\], got \[1\]"),
-        ([1.0, 2], [0, 1], TypeError, "split_sizes must be an array or a sequence .*, got .*"),
-        (3, [0], TypeError, "split_sizes must be an array or a sequence of integers, got 3"),
-        (torch.ones(1), [0], TypeError, "split_sizes must be int32 or int64, got float32"),
-    ],
-)
-def test_chunks_that_make_no_sense_are_refused(
-    backend: str, sizes: Any, order: Any, error: type[Exception], message: str
-) -> None:
-    with ferromoe.use_backend(backend), pytest.raises(error, match=f"^sort_chunks: {message}$"):
-        ferromoe.sort_chunks(torch.zeros(4, 2), sizes, order)
 
 
 def test_a_plan_serves_several_layers() -> None:

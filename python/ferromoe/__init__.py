@@ -8,8 +8,9 @@ from .dispatch import dispatch, pad_plan, padded_offsets
 from .experts import experts
 from .grouped import grouped_matmul
 from .moe import moe
-from .permute import permute, permute_slots, sort_chunks, unpermute
+from .permute import permute, permute_slots, unpermute
 from .routing import route
+from .segments import pad_rows, sort_chunks, unpad_rows
 from .topp import experts_per_token, route_topp
 from .types import Activation, Dispatch, ExpertWeights, Routing
 
@@ -75,6 +76,7 @@ __all__ = [
     "moe",
     "nn",
     "pad_plan",
+    "pad_rows",
     "padded_offsets",
     "permute",
     "permute_slots",
@@ -93,6 +95,7 @@ __all__ = [
     "sinkhorn",
     "skip_experts",
     "sort_chunks",
+    "unpad_rows",
     "unpermute",
     "update_selection_bias",
     "use_backend",

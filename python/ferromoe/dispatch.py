@@ -180,15 +180,14 @@ def pad_plan(
     """
     require_plan("pad_plan", plan)
     if num_rows is None:
-        num_rows = _most_rows(plan, max(align, 1), min_block)
+        (ends,) = _check.shape("pad_plan", "expert_offsets", plan.expert_offsets, "E + 1")
+        (rows,) = _check.shape("pad_plan", "slot_of_row", plan.slot_of_row, "T * K")
+        num_rows = most_rows(max(ends - 1, 0), rows, max(align, 1), min_block)
     return Dispatch(*_pad_plan(*plan, num_rows, align, min_block))
 
 
-def _most_rows(plan: Dispatch, align: int, min_block: bool) -> Any:
-    """Rows that the padded segments have at most, whatever stands in the plan."""
-    (experts,) = _check.shape("pad_plan", "expert_offsets", plan.expert_offsets, "E + 1")
-    (rows,) = _check.shape("pad_plan", "slot_of_row", plan.slot_of_row, "T * K")
-    experts = max(experts - 1, 0)
+def most_rows(experts: int, rows: int, align: int, min_block: bool = False) -> Any:
+    """Rows that padded segments have at most, whichever experts the rows belong to."""
     # An expert with rows adds up to align - 1, one without adds a block or nothing.
     spare = experts * align if min_block else min(experts, rows) * (align - 1)
     return (rows + spare) // align * align

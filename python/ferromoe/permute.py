@@ -1,8 +1,7 @@
-"""Moving rows: to expert order and back, and chunks of rows into another order."""
+"""Moving rows to expert order and back."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from importlib import import_module
 from math import prod
@@ -80,23 +79,47 @@ _unpermute_backward = Operator(
 )
 
 
-def _fake_chunk_maps(split_sizes: Any, order: Any, num_rows: int) -> Any:
+# The dtypes that kernels, DLPack and torch's own gathers know: by name, and by NumPy's letter.
+_KNOWN = {
+    *("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2"),
+    *("int8", "int16", "int32", "int64", "uint8", "bool"),
+}
+_KNOWN_LETTERS = set("?bBhilqefd")
+
+
+def _is_known(x: Any) -> bool:
+    if hasattr(x, "new_empty"):
+        # What is more than its elements has no kernel, which says so.
+        return _check.name_of(x) in _KNOWN or x.is_sparse or x.is_quantized
+    if not hasattr(x, "__dlpack__"):
+        return True  # is no array at all
+    return x.dtype.char in _KNOWN_LETTERS and bool(x.dtype.isnative)
+
+
+def move_rows(x: Any, slot_of_row: Any, row_of_slot: Any) -> Any:
+    """Run the operator on an `x` of any dtype: one it does not know moves as another's bytes."""
+    if _is_known(x):
+        return _permute(x, slot_of_row, row_of_slot)
+    tokens, _ = _check.shape("permute", "row_of_slot", row_of_slot, "T", "K")
+    _, hidden = _check.shape("permute", "x", x, tokens, "H")
+    maps = slot_of_row, row_of_slot
+    if not hasattr(x, "new_empty"):
+        if x.dtype.hasobject:
+            raise TypeError(f"permute: x must hold no Python objects, got {x.dtype}")
+        library = library_of(x)
+        return _permute(library.ascontiguousarray(x).view(library.uint8), *maps).view(x.dtype)
     import torch
 
-    return (
-        split_sizes.new_empty(num_rows, dtype=torch.int32),
-        split_sizes.new_empty(num_rows, 1, dtype=torch.int32),
-    )
+    if x.is_complex():  # as pairs, which have a gradient
+        pairs = torch.view_as_real(x.resolve_conj().resolve_neg()).flatten(-2)
+        return torch.view_as_complex(_permute(pairs, *maps).unflatten(-1, (hidden, 2)))
+    same_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return _permute(x.view(same_size[x.dtype.itemsize]), *maps).view(x.dtype)
 
 
-_chunk_maps = Operator(
-    "chunk_maps",
-    schema="(Tensor split_sizes, Tensor order, SymInt num_rows) -> (Tensor, Tensor)",
-    kernel=_core.chunk_maps,
-    reference=specification("dispatch", "chunk_maps"),
-    check=_check.chunk_maps,
-    fake=_fake_chunk_maps,
-)
+def library_of(array: Any) -> Any:
+    """Return the module that an array's class comes from."""
+    return import_module(type(array).__module__.partition(".")[0])
 
 
 def permute(x: Any, plan: Dispatch, *, out: Any = None) -> Any:
@@ -107,7 +130,8 @@ def permute(x: Any, plan: Dispatch, *, out: Any = None) -> Any:
     Parameters
     ----------
     x : Tensor [T, H]
-        Token rows of any dtype: a torch tensor or a NumPy array.
+        Token rows of any dtype, packed 4-bit numbers and complex ones too: a torch tensor or a
+        NumPy array. 8-bit numbers have no gradient.
     plan : Dispatch
         Where the rows go.
     out : Tensor [T * K, H], optional
@@ -138,9 +162,15 @@ def permute(x: Any, plan: Dispatch, *, out: Any = None) -> Any:
     tensor([10., 10., 20., 20.])
     """
     require_plan("permute", plan)
+    maps = plan.slot_of_row, plan.row_of_slot
     if out is None:
-        return _permute(x, plan.slot_of_row, plan.row_of_slot)
-    return _permute.into(out, x, plan.slot_of_row, plan.row_of_slot)
+        return move_rows(x, *maps)
+    if _is_known(x):
+        return _permute.into(out, x, *maps)
+    result = move_rows(x, *maps)
+    _check.out("permute", out, result)
+    out[...] = result
+    return out
 
 
 def unpermute(
@@ -242,77 +272,5 @@ def permute_slots(values: Any, plan: Dispatch) -> Any:
     # Each slot is a token of its own, with one slot.
     flat = values.reshape((tokens * top_k, prod(got[2:])))
     row_of_slot = plan.row_of_slot.reshape((tokens * top_k, 1))
-    rows = _permute(flat, plan.slot_of_row, row_of_slot)
+    rows = move_rows(flat, plan.slot_of_row, row_of_slot)
     return rows.reshape((rows.shape[0], *got[2:]))
-
-
-def sort_chunks(x: Any, split_sizes: Any, order: Any) -> Any:
-    """Cut rows into consecutive chunks and put these in another order.
-
-    This turns rows that lie rank by rank, and in each rank expert by expert, as an all-to-all
-    delivers them, into rows that lie expert by expert; and back.
-
-    Parameters
-    ----------
-    x : Tensor [N, ...]
-        Rows of any dtype: a torch tensor or a NumPy array.
-    split_sizes : Tensor [C] or sequence of int
-        Rows of each chunk, int32 or int64. They may add up to less than N.
-    order : Tensor [C] or sequence of int
-        Which chunk comes first, second...
-
-    Returns
-    -------
-    Tensor [N, ...]
-        The chunks ``order[0]``, ``order[1]``... behind each other. Rows past the last chunk stay
-        where they are.
-
-    Raises
-    ------
-    ValueError
-        If the sizes are negative or too large, or `order` does not name each chunk once; on a GPU
-        nobody looks.
-    TypeError
-        If the sizes or the order are no integers.
-
-    Examples
-    --------
-    >>> x = torch.arange(6)
-    >>> ferromoe.sort_chunks(x, [1, 2, 2], [2, 0, 1])
-    tensor([3, 4, 0, 1, 2, 5])
-
-    The way back:
-
-    >>> sizes, order = torch.tensor([1, 2, 2]), torch.tensor([2, 0, 1])
-    >>> there = ferromoe.sort_chunks(x, sizes, order)
-    >>> ferromoe.sort_chunks(there, sizes[order], order.argsort())
-    tensor([0, 1, 2, 3, 4, 5])
-    """
-    op = "sort_chunks"
-    _check.array(op, "x", x)
-    extents = list(x.shape)
-    if not extents:
-        raise ValueError(f"{op}: x must have shape [N, ...], got []")
-    sizes = _integers(op, "split_sizes", split_sizes, x)
-    places = _integers(op, "order", order, x)
-    source_of_row, row_of_source = _chunk_maps(sizes, places, extents[0])
-    # A source row is a token that has one slot.
-    flat = x.reshape((extents[0], prod(extents[1:])))
-    return _permute(flat, source_of_row, row_of_source).reshape(extents)
-
-
-def _integers(op: str, arg: str, values: Any, like: Any) -> Any:
-    """Return an array as it is, and a sequence as an array of the library and device of `like`."""
-    if hasattr(values, "__dlpack__"):
-        _check.same_device(op, arg, values, like)
-        return values
-    try:
-        numbers = [operator.index(value) for value in values]
-    except TypeError:
-        raise TypeError(
-            f"{op}: {arg} must be an array or a sequence of integers, got {values!r}"
-        ) from None
-    library = import_module(type(like).__module__.partition(".")[0])
-    if hasattr(like, "new_tensor"):
-        return like.new_tensor(numbers, dtype=library.int64)
-    return library.asarray(numbers, dtype=library.int64)
