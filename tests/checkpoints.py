@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from ferromoe.families import open_checkpoint
 
+# What tiny models, and texts that few tokens make, are warned of.
+TINY = [
+    pytest.mark.filterwarnings("ignore:plan. fewer than 32 tokens:UserWarning"),
+    pytest.mark.filterwarnings("ignore:plan. the weights of this model's router:UserWarning"),
+]
+TEXT = bytes(range(256)) * 3
 COMMON = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -126,3 +137,27 @@ def fuse(folder: Path) -> Path:
             tensors[fused[part].replace("{l}", str(layer.number))] = stack
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def load(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    found = tensors(folder)
+    change(found)
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Give a model over bytes a tokenizer, whose text has to be UTF-8."""
+    letters = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    kind = '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    (folder / "tokenizer_config.json").write_text(kind)
