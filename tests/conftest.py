@@ -25,3 +25,11 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_bytes(TEXT)
     return path
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Give a small checkpoint that recipes rewrite."""
+    from recipes import write_source  # here, because it loads torch
+
+    return write_source(tmp_path / "source")
