@@ -10,6 +10,7 @@ pub mod dtype;
 pub mod error;
 pub mod experts;
 pub mod grid;
+pub mod isa;
 pub mod limits;
 pub mod padding;
 pub mod permute;

@@ -54,8 +54,9 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_init]
-    #[allow(clippy::unnecessary_wraps, reason = "the signature is pyo3's")]
     fn init(_: &Bound<'_, PyModule>) -> PyResult<()> {
+        // Here, because most kernels have no way to say it.
+        ferromoe_core::isa::chosen().map_err(super::error::to_py)?;
         super::team::at_load();
         Ok(())
     }

@@ -6,14 +6,14 @@
 //! times `w · d`, and everything else is a product with one of these.
 
 use super::product::{outer, product};
-use super::tile::{self, Choice, Operand, Tile, Tiled};
+use super::tile::{Choice, Operand, Tile, Tiled};
 use super::weights::{Part, Projection};
 use super::{Call, Experts, Inputs, Plan, Rows, columns_per_task, grain, summed, units};
 use crate::arena::{self, Scratch};
 use crate::dtype::Accumulator;
 use crate::error::{Result, check_shape};
 use crate::grid::{Grid, cuts};
-use crate::{Element, threads};
+use crate::{Element, isa, threads};
 
 /// Rows of one expert that a panel is packed for.
 const UNIT: usize = 120;
@@ -55,7 +55,7 @@ pub fn backward<T: Tiled>(
     const OP: &str = "experts_backward";
     let plan = Plan::new(OP, call, experts)?;
     check_shape(OP, "grad", &[grad.len()], &[call.tokens * experts.hidden_out])?;
-    match T::tiles(tile::isa()?) {
+    match T::tiles(isa::chosen()?) {
         Choice::Same(tile) => run(tile, tile, grad, call, experts, &plan, out),
         Choice::Wide(tile, own) => run(tile, own, grad, call, experts, &plan, out),
     }

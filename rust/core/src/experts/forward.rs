@@ -1,13 +1,13 @@
 //! The layer's value.
 
 use super::product::product;
-use super::tile::{self, Choice, Operand, Tile, Tiled};
+use super::tile::{Choice, Operand, Tile, Tiled};
 use super::{Call, Experts, Inputs, Plan, columns_per_task, grain, summed, units};
 use crate::arena::{self, Scratch};
 use crate::dtype::Accumulator;
 use crate::error::{Result, check_shape};
 use crate::grid::{Grid, cuts};
-use crate::threads;
+use crate::{isa, threads};
 
 /// Rows of one expert that a panel is packed for.
 const UNIT: usize = 240;
@@ -26,7 +26,7 @@ pub fn forward<T: Tiled>(
     const OP: &str = "experts";
     let plan = Plan::new(OP, call, experts)?;
     check_shape(OP, "out", &[out.len()], &[call.tokens * experts.hidden_out])?;
-    match T::tiles(tile::isa()?) {
+    match T::tiles(isa::chosen()?) {
         Choice::Same(tile) => run(tile, call, experts, &plan, out),
         Choice::Wide(tile, _) => run(tile, call, experts, &plan, out),
     }

@@ -2,13 +2,13 @@
 
 use super::backward::HEIGHT;
 use super::product::{outer, product};
-use super::tile::{self, Choice, Operand, Tile, Tiled};
+use super::tile::{Choice, Operand, Tile, Tiled};
 use super::weights::{Matrix, Projection, Tensor};
 use super::{Rows, grain, units};
 use crate::dtype::Accumulator;
 use crate::error::{Error, Result, check_shape};
 use crate::grid::{Grid, cuts};
-use crate::{Element, threads};
+use crate::{Element, isa, threads};
 
 /// Rows of one expert that a panel is packed for.
 const UNIT: usize = 240;
@@ -78,7 +78,7 @@ pub fn grouped_matmul<T: Tiled>(
         })
         .collect();
     out[offsets[weights.len()] * n..].fill(T::default());
-    match T::tiles(tile::isa()?) {
+    match T::tiles(isa::chosen()?) {
         Choice::Same(tile) => multiply(tile, x, k, &projections, &offsets, n, out),
         Choice::Wide(tile, _) => multiply(tile, x, k, &projections, &offsets, n, out),
     }
@@ -128,7 +128,7 @@ pub fn grouped_wgrad<T: Tiled>(
     check_shape(OP, "out", &[out.len()], &[(offsets.len() - 1) * n * k])?;
     // The sum over rows of left[r, ·] times right[r, ·] is stored left-major.
     let (left, right) = if transposed { ((x, k), (grad, n)) } else { ((grad, n), (x, k)) };
-    match T::tiles(tile::isa()?) {
+    match T::tiles(isa::chosen()?) {
         Choice::Same(tile) => sum_outer(tile, left, right, &offsets, out),
         Choice::Wide(_, tile) => sum_outer(tile, left, right, &offsets, out),
     }

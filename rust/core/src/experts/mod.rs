@@ -22,7 +22,7 @@ pub use activation::{Activation, Function};
 pub use backward::{Gradients, backward};
 pub use forward::forward;
 pub use grouped::{grouped_matmul, grouped_sum, grouped_wgrad};
-pub use tile::{Isa, Tiled};
+pub use tile::Tiled;
 pub use weights::{Experts, Packing, Tensors};
 
 use crate::arena::{self, Plain, Scratch};

@@ -25,10 +25,10 @@ mod tests;
 
 use super::activation::{Activation, Math};
 use crate::arena::Plain;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::isa::{self, Isa};
 use crate::{Dtype, Element};
 use half::{bf16, f16};
-use std::sync::OnceLock;
 
 /// Rows of x that one `dot` takes.
 pub(super) const DOT_ROWS: usize = 6;
@@ -262,81 +262,9 @@ tiled!(f16, as_acc: |_x| None,
     Avx512: Choice::Wide(&avx512::F16, &avx512::F32),
     Avx512Bf16: Choice::Wide(&avx512::F16, &avx512::F32),);
 
-/// Instruction sets with tiles of their own, each a superset of those before.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Isa {
-    /// What every machine runs.
-    Scalar,
-    /// AVX2 with FMA and F16C.
-    Avx2,
-    /// AVX-512 F, BW, DQ, VL.
-    Avx512,
-    /// With bf16 dot products.
-    Avx512Bf16,
-}
-
-impl Isa {
-    /// All, ascending.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
-
-    /// As `FERROMOE_ISA` and `ferromoe info` write it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Scalar => "scalar",
-            Self::Avx2 => "avx2",
-            Self::Avx512 => "avx512",
-            Self::Avx512Bf16 => "avx512_bf16",
-        }
-    }
-
-    /// The best one of this CPU.
-    pub fn detect() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            macro_rules! has {
-                ($($feature:tt)*) => { $(std::is_x86_feature_detected!($feature))&&* };
-            }
-            if !has!("avx2" "fma" "f16c") {
-                return Self::Scalar;
-            }
-            if !has!("avx512f" "avx512bw" "avx512dq" "avx512vl") {
-                return Self::Avx2;
-            }
-            if has!("avx512bf16") { Self::Avx512Bf16 } else { Self::Avx512 }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        Self::Scalar
-    }
-}
-
-/// The instruction set of this process: the best one, or a lower one by `FERROMOE_ISA`, which the
-/// tests use. Read once.
-///
-/// # Errors
-///
-/// [`Error::Value`] where the variable asks for something this CPU has not.
-pub fn isa() -> Result<Isa> {
-    static CHOSEN: OnceLock<Result<Isa, String>> = OnceLock::new();
-    let chosen = CHOSEN.get_or_init(|| {
-        let best = Isa::detect();
-        match std::env::var("FERROMOE_ISA") {
-            Ok(name) => {
-                Isa::ALL.into_iter().find(|isa| isa.name() == name && *isa <= best).ok_or(name)
-            }
-            Err(_) => Ok(best),
-        }
-    });
-    chosen.clone().map_err(|got| {
-        let names: Vec<_> =
-            Isa::ALL.into_iter().filter(|isa| *isa <= Isa::detect()).map(Isa::name).collect();
-        let expected = format!("be one of {}, which this CPU has", names.join(", "));
-        Error::Value { op: "experts", arg: "FERROMOE_ISA", expected, got }
-    })
-}
-
 /// Name of the tile that elements of `dtype` get, for `ferromoe info`.
 pub fn name(dtype: Dtype) -> Result<&'static str> {
-    let isa = isa()?;
+    let isa = isa::chosen()?;
     Ok(match dtype {
         Dtype::F64 => Isa::Scalar,
         Dtype::BF16 => isa,

@@ -124,7 +124,7 @@ fn check_axpy<T: Element, A: Operand<T>>(tile: &Tile<T, A>) {
 }
 
 fn check_all<T: Tiled>() {
-    for isa in Isa::ALL.into_iter().filter(|isa| *isa <= Isa::detect()) {
+    for isa in Isa::available() {
         match T::tiles(isa) {
             Choice::Same(tile) => check(tile),
             Choice::Wide(tile, own) => {
