@@ -52,6 +52,38 @@ def test_neither_a_bias_nor_a_group_fill_brings_a_masked_expert_back(backend: st
     assert routing.topk_ids.tolist() == [[2, 3]]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("group_score", "best"), [("max", 1), ("top2_sum", 2)])
+@pytest.mark.parametrize("topk_groups", [1, 2, 4])
+def test_device_and_node_limited_routing_is_a_choice_among_groups(
+    backend: str, group_score: str, best: int, topk_groups: int
+) -> None:
+    """DeepSeek-V2 ranks devices by their best expert, DeepSeek-V3 nodes by their two best."""
+    devices, each, top_k = 4, 5, 4
+    logits = torch.randn(40, devices * each, generator=torch.Generator().manual_seed(0))
+    with ferromoe.use_backend(backend):
+        ids = ferromoe.route(
+            logits,
+            top_k=top_k,
+            score="sigmoid",
+            num_groups=devices,
+            topk_groups=topk_groups,
+            group_score=group_score,
+        ).topk_ids
+    free = ferromoe.route(logits, top_k=top_k).topk_ids
+    if topk_groups < top_k:
+        assert max(len(set(row)) for row in (free // each).tolist()) > topk_groups
+    for row, chosen in zip(logits.sigmoid().tolist(), ids.tolist(), strict=True):
+        worth = {
+            device: sum(sorted(row[device * each : (device + 1) * each])[-best:])
+            for device in range(devices)
+        }
+        kept = sorted(worth, key=worth.__getitem__)[-topk_groups:]
+        assert {expert // each for expert in chosen} <= set(kept)
+        reachable = [expert for expert in range(devices * each) if expert // each in kept]
+        assert chosen == sorted(reachable, key=row.__getitem__, reverse=True)[:top_k]
+
+
 def test_shared_experts_share_in_the_normalisation() -> None:
     """Routed and shared experts normalised together, as Inkling does."""
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.5, -0.5]])

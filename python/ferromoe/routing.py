@@ -162,6 +162,8 @@ def route(
         decides who, not how much, and gets no gradient.
     num_groups, topk_groups : int
         Cut the experts into `num_groups` equal runs and choose among the `topk_groups` best only.
+        Where each node or device holds one such run, this is node-limited (DeepSeek-V3) or
+        device-limited routing (DeepSeek-V2): no token goes to more than `topk_groups` of them.
     group_score : {"top2_sum", "max", "topk_over_groups"}
         What a group is worth: the sum of its two best, its best, or the sum of its
         ``top_k // topk_groups`` best.
@@ -226,6 +228,14 @@ def route(
     tensor([[1, 2]], dtype=torch.int32)
     >>> routing.topk_weights
     tensor([[0.5000, 0.5000]])
+
+    Device-limited routing, with 3 devices of 2 experts each, of which a token uses one:
+
+    >>> logits = torch.tensor([[3.0, 0.0, 2.0, 2.0, 0.0, 2.5]])
+    >>> ferromoe.route(
+    ...     logits, top_k=2, num_groups=3, topk_groups=1, group_score="max"
+    ... ).topk_ids
+    tensor([[0, 1]], dtype=torch.int32)
     """
     shape: tuple[int, ...] = getattr(router_logits, "shape", ())
     lead = shape[:-1]
