@@ -1,4 +1,4 @@
-"""Which slots a capacity leaves out, how large capacities are, and experts that compute nothing."""
+"""Which slots a capacity leaves out, and how large capacities are."""
 
 from __future__ import annotations
 
@@ -233,8 +233,7 @@ def test_a_limit_traces(policy: str) -> None:
         limited = ferromoe.limit_capacity(
             routing, num_experts=4, capacity=3, policy=policy, renorm_after=True
         )
-        skipped, own = ferromoe.skip_experts(limited, first=3)
-        return *skipped[:2], own
+        return limited.topk_weights, limited.topk_ids
 
     logits = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
@@ -322,40 +321,3 @@ def test_capacities_of_nothing_are_refused(changed: dict[str, object], message: 
     given: dict[str, object] = {"num_tokens": 4, "top_k": 1, "num_experts": 2, "factor": 1.0}
     with pytest.raises(ValueError, match=f"^expert_capacity: {message}$"):
         ferromoe.expert_capacity(**{**given, **changed})
-
-
-def test_skipped_experts_leave_their_weight_and_its_gradient() -> None:
-    ids = torch.tensor([[0, 4, 5], [3, 2, -1]])
-    leaf = torch.tensor([[0.5, 0.25, 0.125], [0.6, 0.3, NAN]], requires_grad=True)
-    routing, own = ferromoe.skip_experts(Routing(leaf, ids), first=4)
-    assert routing.topk_ids.tolist() == [[0, -1, -1], [3, 2, -1]]
-    assert own.tolist() == [[0.375], [0.0]]
-    assert torch.equal(routing.topk_weights[0], torch.tensor([0.5, 0.0, 0.0]))
-    (grad,) = torch.autograd.grad(own.sum(), leaf)
-    assert torch.equal(grad, torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]]))
-
-
-def test_experts_that_return_the_token_are_a_factor_on_it() -> None:
-    """LongCat's layer, against a loop over the experts."""
-    generator = torch.Generator().manual_seed(0)
-    x, gate_up, down, logits = (
-        torch.randn(shape, generator=generator) for shape in ((6, 8), (3, 10, 8), (3, 8, 5), (6, 5))
-    )
-    weights = ferromoe.ExpertWeights(gate_up, down)
-    chosen = ferromoe.route(logits, top_k=3, renorm="sum")
-    routing, own = ferromoe.skip_experts(chosen, first=3)
-    out = ferromoe.experts(x, weights, routing.topk_ids, routing.topk_weights) + x * own
-    expected = torch.zeros(6, 8)
-    for t in range(6):
-        for expert, weight in zip(chosen.topk_ids[t], chosen.topk_weights[t], strict=True):
-            y = x[t]
-            if expert < 3:
-                gate, up = (gate_up[expert] @ y).chunk(2)
-                y = down[expert] @ (torch.nn.functional.silu(gate) * up)
-            expected[t] += weight * y
-    torch.testing.assert_close(out, expected)
-    with pytest.raises(ValueError, match=r"^skip_experts: first must be at least 0, got -1$"):
-        ferromoe.skip_experts(chosen, first=-1)
-    arrays = ferromoe.Routing(chosen.topk_weights.numpy(), chosen.topk_ids.numpy())
-    with pytest.raises(TypeError, match=r"^skip_experts: topk_weights must be a torch tensor, got"):
-        ferromoe.skip_experts(arrays, first=4)

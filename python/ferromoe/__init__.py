@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from . import nn
     from .balance_losses import convert_coefficient, load_balancing_loss, variation_loss
     from .balanced import route_expert_choice, route_sinkhorn, sinkhorn
-    from .capacity import expert_capacity, limit_capacity, skip_experts
+    from .capacity import expert_capacity, limit_capacity
     from .dense import as_dense
     from .integrations.recording import RoutingRecord, record_routing, replay_routing
     from .integrations.transformers import disable, enable
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _LATER = {
     "RoutingRecord": ".integrations.recording",
     "add_noise": ".noise",
+    "append_experts": ".slots",
     "as_dense": ".dense",
     "convert_coefficient": ".balance_losses",
     "disable": ".integrations.transformers",
@@ -47,7 +48,7 @@ _LATER = {
     "router_z_loss": ".router_losses",
     "sample_second_choice": ".noise",
     "sinkhorn": ".balanced",
-    "skip_experts": ".capacity",
+    "skip_experts": ".slots",
     "update_selection_bias": ".selection_bias",
     "variation_loss": ".balance_losses",
 }
@@ -60,6 +61,7 @@ __all__ = [
     "RoutingRecord",
     "__version__",
     "add_noise",
+    "append_experts",
     "as_dense",
     "convert_coefficient",
     "disable",

@@ -1,4 +1,4 @@
-"""Leaving slots out: limits on the rows of an expert, and experts that compute nothing.
+"""Limits on the rows of an expert.
 
 Short PyTorch over `dispatch`; for torch tensors only.
 """
@@ -15,6 +15,7 @@ from torch.nn import functional
 from . import _check
 from .dispatch import dispatch
 from .routing import flat_rows
+from .slots import leave_out
 from .types import Routing
 
 
@@ -144,13 +145,6 @@ def limit_capacity(
     return limited._replace(topk_weights=limited.topk_weights * factor)
 
 
-def leave_out(routing: Routing, kept: Tensor) -> Routing:
-    """Empty the slots that are not `kept`, a bool tensor of the ids' shape; without statistics."""
-    return Routing(
-        torch.where(kept, routing.topk_weights, 0), torch.where(kept, routing.topk_ids, -1)
-    )
-
-
 # Rows of an expert from T, K, E and the factor; None: nothing is to be dropped. Each rounds where
 # its source does.
 _FORMULAS: dict[str, Callable[[int, int, int, float], int | None]] = {
@@ -231,42 +225,3 @@ def expert_capacity(
     if capacity is None or (factor < 0 and capacity > everything):
         capacity = everything
     return -(-max(capacity, minimum) // alignment) * alignment
-
-
-def skip_experts(routing: Routing, *, first: int) -> tuple[Routing, Tensor]:
-    """Empty the slots of the experts that compute nothing, those with ids from `first` on.
-
-    For torch tensors only. It traces under `torch.compile`.
-
-    Parameters
-    ----------
-    routing : Routing
-        Weights and ids [..., K].
-    first : int
-        The number of experts that do compute; ids from here on stand for the token itself
-        (LongCat), for zero, or for a constant.
-
-    Returns
-    -------
-    Routing
-        Without these slots: id -1, weight 0.
-    Tensor [..., 1]
-        The sum of their weights, with its gradient: a factor on what they stand for. Where that is
-        nothing (Zaya's skip), leave it unused.
-
-    Examples
-    --------
-    LongCat, with 4 experts and ids 4 and 5 for the token itself:
-
-    >>> x = torch.ones(3, 8)
-    >>> weights = ferromoe.ExpertWeights(torch.zeros(4, 6, 8), torch.zeros(4, 8, 3))
-    >>> routing = ferromoe.route(torch.tensor([[0.0, 1, 2, 3, 4, 5]] * 3), top_k=3)
-    >>> routing, own = ferromoe.skip_experts(routing, first=4)
-    >>> out = ferromoe.experts(x, weights, routing.topk_ids, routing.topk_weights) + x * own
-    """
-    if first < 0:
-        raise ValueError(f"skip_experts: first must be at least 0, got {first}")
-    _check.floating("skip_experts", "topk_weights", routing.topk_weights)
-    skipped = routing.topk_ids >= first
-    own = torch.where(skipped, routing.topk_weights, 0).sum(-1, keepdim=True)
-    return leave_out(routing, ~skipped), own

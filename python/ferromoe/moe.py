@@ -6,7 +6,7 @@ from typing import Any
 
 from . import _check
 from .experts import experts, is_torch, require_weights
-from .routing import route
+from .routing import flat_rows, route
 from .types import ExpertWeights
 
 
@@ -37,7 +37,14 @@ def under_autocast(tensor: Any) -> bool:
 
 
 def moe(
-    x: Any, router_weight: Any, weights: ExpertWeights, *, top_k: int, **route_options: Any
+    x: Any,
+    router_weight: Any,
+    weights: ExpertWeights,
+    *,
+    top_k: int,
+    num_identity: int = 0,
+    shared_weight: Any = None,
+    **route_options: Any,
 ) -> Any:
     """Run a whole MoE block: router, choice, experts.
 
@@ -51,6 +58,12 @@ def moe(
         The experts.
     top_k : int
         Experts per token.
+    num_identity : int
+        The last so many rows of the router are of experts that return the token itself (LongCat):
+        `weights` has none for them. For torch tensors only.
+    shared_weight : float or Tensor [..., S], optional
+        How much the last S experts of `weights` count, which the router has no row for and every
+        token uses; it is not renormalised or scaled. For torch tensors only.
     **route_options
         Passed to `route`: score, renorm, bias and so on.
 
@@ -58,6 +71,15 @@ def moe(
     -------
     Tensor [..., H]
         `experts` of the tokens by `route` of their logits.
+
+    Raises
+    ------
+    ValueError
+        If the router has other rows than `weights` has experts, or columns than `x`.
+
+    See Also
+    --------
+    skip_experts, append_experts : The steps of ``num_identity`` and ``shared_weight`` alone.
 
     Examples
     --------
@@ -69,8 +91,38 @@ def moe(
     _check.array("moe", "x", x)
     if len(x.shape) == 0:
         raise ValueError("moe: x must have shape [..., H], got []")
-    _check.shape("moe", "router_weight", router_weight, weights.num_experts, x.shape[-1])
+    routed = _routed(router_weight, weights, x.shape[-1], num_identity, shared_weight)
+    if num_identity and route_options.get("num_shared"):
+        raise ValueError(f"moe: num_identity must be 0 with num_shared, got {num_identity}")
     tokens = x.reshape(-1, x.shape[-1])
     routing = route(_logits(tokens, router_weight), top_k=top_k, **route_options)
+    own = None
+    if num_identity:
+        from .slots import skip_experts
+
+        routing, own = skip_experts(routing, first=routed)
+    if shared_weight is not None:
+        from .slots import append_experts
+
+        gate = flat_rows(shared_weight) if hasattr(shared_weight, "shape") else shared_weight
+        num_shared = weights.num_experts - routed
+        routing = append_experts(routing, first=routed, num=num_shared, weight=gate)
     out = experts(tokens, weights, routing.topk_ids, routing.topk_weights)
+    if own is not None:
+        _check.shape("moe", "x", tokens, "T", out.shape[-1])
+        out = (out + tokens * own).to(out.dtype)
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _routed(
+    router_weight: Any, weights: ExpertWeights, hidden: int, num_identity: int, shared_weight: Any
+) -> int:
+    """Return the number of experts that are routed to and compute something."""
+    if num_identity < 0:
+        raise ValueError(f"moe: num_identity must be at least 0, got {num_identity}")
+    rows: int | str = "E" if shared_weight is not None else weights.num_experts + num_identity
+    found, _ = _check.shape("moe", "router_weight", router_weight, rows, hidden)
+    if not num_identity <= found <= weights.num_experts + num_identity:
+        span = f"{num_identity}..{weights.num_experts + num_identity}"
+        raise ValueError(f"moe: router_weight must have {span} rows, got {found}")
+    return found - num_identity

@@ -14,8 +14,8 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from . import _check
-from .capacity import leave_out
 from .routing import flat_rows, route
+from .slots import leave_out
 from .types import Routing
 
 
