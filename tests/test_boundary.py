@@ -163,6 +163,28 @@ def test_registered_operators_pass_torchs_own_check(name: str, args: list[Any]) 
     torch.library.opcheck(getattr(torch.ops.ferromoe, name).default, args)
 
 
+def test_the_memory_of_a_large_result_serves_the_next_one() -> None:
+    ferromoe.release_memory()
+    x = torch.arange(2.0 * (1 << 20)).view(2, 1 << 20)
+    rows = ferromoe.permute(x, PLAN)
+    tail = rows[-1, -2:]
+    del rows
+    assert ferromoe.release_memory() == 0  # a view of the result is still there
+    assert torch.equal(tail, x[1, -2:])
+    address = tail.untyped_storage().data_ptr()
+    del tail
+    assert ferromoe.permute(x, PLAN).data_ptr() == address
+    assert ferromoe.release_memory() == 16 << 20
+
+
+def test_a_result_that_fits_in_no_memory_is_refused() -> None:
+    plan = ferromoe.Dispatch(
+        torch.zeros(2).int(), torch.full((9,), -1).int(), torch.zeros(0, 1).int()
+    )
+    with pytest.raises(MemoryError, match=r"^permute: out must fit in memory, got \[9, 70368"):
+        ferromoe.permute(torch.empty(0, 1 << 46), plan)
+
+
 def test_an_unknown_backend_is_refused() -> None:
     with (
         pytest.raises(

@@ -155,9 +155,9 @@ class Operator:
         # Tracing first: dynamo folds it to a constant and then sees none of the rest.
         if side.is_compiling():
             return self.registered(*args)
-        route = side.route_of(self, args, self.arrays)
-        if route == "direct":
+        if _backend.get() is None and side.is_direct(args, self.arrays):
             return self.kernel(*args)
+        route = side.route_of(self, args, self.arrays)
         if route == "dispatcher":
             return self.registered(*args)
         if _backend.get() == "reference" or route == "torch":

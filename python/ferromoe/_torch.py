@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 is_compiling = torch.compiler.is_compiling
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+# What `is_direct` asks torch; looked up here, since eager calls on small tensors feel each of them.
+_grad_enabled = torch.is_grad_enabled
+_forward_mode = torch.autograd.forward_ad
+_transforms = torch._C._functorch.peek_interpreter_stack
+_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
 _library = torch.library.Library("ferromoe", "DEF")
 
 if hasattr(_core, "use_torch_team"):
@@ -46,7 +53,7 @@ def route_of(operator: Operator, args: Sequence[Any], arrays: int) -> str:
     ``dispatcher``: anything else that is a tensor. ``arrays``: no tensor at all.
     """
     backend = current_backend()
-    if backend is None and _is_direct(args[:arrays]):
+    if backend is None and is_direct(args, arrays):
         return "direct"
     grad_enabled = torch.is_grad_enabled()
     route, elsewhere = "arrays", None
@@ -83,13 +90,13 @@ def route_of(operator: Operator, args: Sequence[Any], arrays: int) -> str:
     return route
 
 
-def _is_direct(args: Sequence[Any]) -> bool:
+def is_direct(args: Sequence[Any], arrays: int) -> bool:
     """Tell the most common case from the others: plain CPU tensors, no gradient, nothing active.
 
-    Eager calls on small tensors feel every microsecond of this.
+    Of the arguments the first may be arrays, and the very first is one.
     """
-    grad_enabled = torch.is_grad_enabled()
-    for tensor in args:
+    grad_enabled = _grad_enabled()
+    for tensor in args[:arrays]:
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg():
@@ -97,11 +104,11 @@ def _is_direct(args: Sequence[Any]) -> bool:
         if grad_enabled and tensor.requires_grad:
             return False
     return (
-        torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-        and type(args[0]) in _PLAIN
+        _transforms() is None
+        and _forward_mode._current_level < 0
+        and not _modes()
+        and _tracing() is None
+        and args[0] is not None
     )
 
 
@@ -119,7 +126,7 @@ def _has_kernels(
 def mark_written(out: Any) -> None:
     """Tell autograd that a kernel wrote into a tensor, which a graph may have saved."""
     if isinstance(out, torch.Tensor) and not out.is_inference():
-        torch.autograd.graph.increment_version(out)
+        torch._C._increment_version((out,))
 
 
 def run_reference(operator: Operator, args: Sequence[Any]) -> Any:

@@ -237,15 +237,18 @@ def route(
     ... ).topk_ids
     tensor([[0, 1]], dtype=torch.int32)
     """
-    shape: tuple[int, ...] = getattr(router_logits, "shape", ())
-    lead = shape[:-1]
     matrix = flat_rows(router_logits)
+    lead = () if matrix is router_logits else router_logits.shape[:-1]
+    name, p = renorm, 0.0
     if isinstance(renorm, bool):
         raise ValueError(f"route: renorm must be None, a name or the p of a norm, got {renorm}")
-    name, p = (renorm, 0.0) if renorm is None or isinstance(renorm, str) else ("a number", renorm)
-    groups = num_groups, topk_groups, group_score, group_fill
-    options = top_k, score, topk_on, *groups, name, p, eps, scale, logit_scale, softcap, num_shared
-    if expert_mask is not None and len(getattr(expert_mask, "shape", ())) > 1:
+    if renorm is not None and not isinstance(renorm, str):
+        name, p = "a number", renorm
+    options = (
+        *(top_k, score, topk_on, num_groups, topk_groups, group_score, group_fill),
+        *(name, p, eps, scale, logit_scale, softcap, num_shared),
+    )
+    if expert_mask is not None and getattr(expert_mask, "ndim", 0) > 1:
         expert_mask = flat_rows(expert_mask)
     if ids is None:
         weights, ids = _route(matrix, bias, expert_mask, *options)
@@ -280,8 +283,9 @@ def route(
 
 def flat_rows(array: Any) -> Any:
     """Flatten all axes but the last."""
-    shape: tuple[int, ...] = getattr(array, "shape", ())
-    return array if len(shape) in (0, 2) else array.reshape(prod(shape[:-1]), shape[-1])
+    if getattr(array, "ndim", 0) in (0, 2):
+        return array
+    return array.reshape(prod(array.shape[:-1]), array.shape[-1])
 
 
 def _leave_out(ids: Any, expert_mask: Any, router_logits: Any, num_shared: int) -> Any:

@@ -2,8 +2,9 @@
 #![allow(clippy::needless_pass_by_value, reason = "pyo3 hands over paths and lists as values")]
 
 use crate::error::{IntoPyErr, to_py};
+use crate::output::Output;
 use crate::run::run;
-use crate::tensor::{Output, View};
+use crate::tensor::View;
 use ferromoe_compress::rewrite::{Planned, Rewrite};
 use ferromoe_compress::{Error, Job, assign as solver, checkpoint, cluster as linkage};
 use ferromoe_core::Dtype;
@@ -63,7 +64,7 @@ pub fn assign<'py>(py: Python<'py>, profit: &Bound<'py, PyAny>) -> PyResult<Boun
     let [n, _] = view.dims("[n, n]")?;
     ferromoe_core::error::check_shape("assign", "profit", view.shape(), &[n, n]).map_err(to_py)?;
     let values = view.slice::<f32>()?;
-    let mut out = Output::empty("assign", profit, &[n], Dtype::I32)?;
+    let mut out = Output::empty(&view, &[n], Dtype::I32)?;
     let columns = run(py, || solver::assign(values, n, &Job::default()))?;
     for (into, column) in out.slice_mut::<i32>()?.iter_mut().zip(columns) {
         *into = column as i32;

@@ -73,7 +73,7 @@ pub fn cuda_warmup(py: Python<'_>, device: i32) -> PyResult<()> {
 #[pyfunction]
 pub fn cuda_capturing(array: &Bound<'_, PyAny>) -> PyResult<bool> {
     let view = View::new("cuda_capturing", "array", array)?;
-    ferromoe_cuda::is_capturing(view.stream(array)?).map_err(to_py)
+    ferromoe_cuda::is_capturing(view.stream()?).map_err(to_py)
 }
 
 thread_local! {

@@ -1,9 +1,10 @@
 //! `dispatch`, `padded_offsets` and `pad_plan`.
 
 use crate::error::{no_kernel, to_py};
+use crate::output::Output;
 use crate::permute::Plan;
 use crate::run::run;
-use crate::tensor::{Device, Output, View};
+use crate::tensor::{Device, View};
 use ferromoe_core::{Dtype, Error, dispatch as core, padding};
 use pyo3::prelude::*;
 
@@ -37,11 +38,11 @@ pub fn dispatch<'py>(
     let [tokens, top_k] = ids.dims("[T, K]")?;
     // Expanded ids may be many in little memory: they are counted before they are copied.
     slots(OP, tokens, top_k)?;
-    let ids = ids.contiguous(topk_ids)?;
+    let ids = ids.contiguous()?;
     let experts = count(OP, "num_experts", num_experts)?;
-    let mut offsets = Output::empty(OP, topk_ids, &[experts + 1], Dtype::I32)?;
-    let mut slot_of_row = Output::empty(OP, topk_ids, &[tokens * top_k], Dtype::I32)?;
-    let mut row_of_slot = Output::empty(OP, topk_ids, &[tokens, top_k], Dtype::I32)?;
+    let mut offsets = Output::empty(&ids, &[experts + 1], Dtype::I32)?;
+    let mut slot_of_row = Output::empty(&ids, &[tokens * top_k], Dtype::I32)?;
+    let mut row_of_slot = Output::empty(&ids, &[tokens, top_k], Dtype::I32)?;
     match ids.device() {
         Device::Cpu => {
             let (offsets, slots, rows) =
@@ -74,7 +75,7 @@ pub fn padded_offsets<'py>(
     let offsets = View::new(OP, "expert_offsets", expert_offsets)?;
     offsets.dims::<1>("[E + 1]")?;
     let align = count(OP, "align", align)?;
-    let mut out = Output::empty(OP, expert_offsets, offsets.shape(), Dtype::I32)?;
+    let mut out = Output::empty(&offsets, offsets.shape(), Dtype::I32)?;
     match offsets.device() {
         Device::Cpu => {
             let (offsets, out) = (offsets.slice()?, out.slice_mut()?);
@@ -102,9 +103,9 @@ pub fn pad_plan<'py>(
     plan.same_device(&offsets)?;
     offsets.dims::<1>("[E + 1]")?;
     let (rows, align) = (count(OP, "num_rows", num_rows)?, count(OP, "align", align)?);
-    let mut out = Output::empty(OP, expert_offsets, offsets.shape(), Dtype::I32)?;
-    let mut slot_of_row = Output::empty(OP, slot_of_row, &[rows], Dtype::I32)?;
-    let mut row_of_slot = Output::empty(OP, row_of_slot, &[plan.tokens, plan.top_k], Dtype::I32)?;
+    let mut out = Output::empty(&offsets, offsets.shape(), Dtype::I32)?;
+    let mut slot_of_row = Output::empty(&offsets, &[rows], Dtype::I32)?;
+    let mut row_of_slot = Output::empty(&offsets, &[plan.tokens, plan.top_k], Dtype::I32)?;
     match offsets.device() {
         Device::Cpu => {
             let (offsets, maps) = (offsets.slice()?, plan.maps()?);

@@ -1,8 +1,9 @@
 //! `experts`, `grouped_matmul` and their gradients.
 
 use crate::error::{no_kernel, to_py};
+use crate::output::Output;
 use crate::run::run;
-use crate::tensor::{Device, Output, Pod, View};
+use crate::tensor::{Device, Pod, View};
 use crate::with_float;
 use ferromoe_core::dtype::Accumulator;
 use ferromoe_core::error::check_shape;
@@ -261,7 +262,8 @@ pub fn experts<'py>(
     with_float!(layer.x, T, {
         let (call, experts) = (layer.call::<T>()?, layer.experts::<T>()?);
         let shape = [call.tokens, experts.hidden_out];
-        let mut out = Output::out_or_empty(OP, out, x, &shape, layer.x.dtype(), &layer.inputs())?;
+        let mut out =
+            Output::out_or_empty(out, &layer.x, &shape, layer.x.dtype(), &layer.inputs())?;
         let values = out.slice_mut::<T>()?;
         run(py, || core::forward(&call, &experts, values))?;
         Ok(out.into_array())
@@ -311,7 +313,7 @@ pub fn experts_backward<'py>(
         return Err(no_kernel(OP));
     }
     let grad = View::new(OP, "grad", grad)?;
-    let empty = |view: &View<'_>| Output::empty(OP, x, view.shape(), view.dtype());
+    let empty = |view: &View<'py>| Output::empty(view, view.shape(), view.dtype());
     let mut dx = needs.0.then(|| empty(&layer.x)).transpose()?;
     let mut dw = needs.3.then(|| empty(&layer.weights)).transpose()?;
     let mut lists = Vec::with_capacity(layer.tables.len());
@@ -411,7 +413,7 @@ pub fn grouped_matmul<'py>(
     }
     let mut inputs = vec![&view, &offsets];
     inputs.extend(weights.views.iter().chain(&bias.views));
-    let mut out = Output::out_or_empty(OP, out, x, &[rows, n], view.dtype(), &inputs)?;
+    let mut out = Output::out_or_empty(out, &view, &[rows, n], view.dtype(), &inputs)?;
     match view.device() {
         Device::Cpu => with_float!(view, T, {
             let (x, offsets) = (view.slice::<T>()?, offsets.slice::<i32>()?);
@@ -446,7 +448,7 @@ pub fn grouped_matmul_wgrad<'py>(
     check_shape(OP, "grad", grad.shape(), &[rows, n]).map_err(to_py)?;
     let each = if transposed { [k, n] } else { [n, k] };
     let shape = [num_experts, each[0], each[1]];
-    let mut out = Output::empty(OP, x, &shape, view.dtype())?;
+    let mut out = Output::empty(&view, &shape, view.dtype())?;
     match view.device() {
         Device::Cpu => with_float!(view, T, {
             let (x, grad, offsets) = (view.slice::<T>()?, grad.slice::<T>()?, offsets.slice()?);
@@ -471,7 +473,7 @@ pub fn grouped_sum<'py>(
     let offsets = View::new(OP, "expert_offsets", expert_offsets)?;
     check_shape(OP, "expert_offsets", offsets.shape(), &[num_experts + 1]).map_err(to_py)?;
     let [rows, n] = view.dims("[M, N]")?;
-    let mut out = Output::empty(OP, grad, &[num_experts, n], view.dtype())?;
+    let mut out = Output::empty(&view, &[num_experts, n], view.dtype())?;
     match view.device() {
         Device::Cpu => with_float!(view, T, {
             let (grad, offsets) = (view.slice::<T>()?, offsets.slice()?);

@@ -11,6 +11,7 @@ mod error;
 mod experts;
 mod machine;
 mod memory;
+mod output;
 mod permute;
 mod routing;
 mod run;

@@ -2,8 +2,9 @@
 
 use crate::dispatch::{count, slots};
 use crate::error::no_kernel;
+use crate::output::Output;
 use crate::run::run;
-use crate::tensor::{Device, Output, View};
+use crate::tensor::{Device, View};
 use crate::with_float;
 use ferromoe_core::dtype::Accumulator;
 use ferromoe_core::permute::{self as core, Maps};
@@ -33,7 +34,7 @@ impl<'py> Plan<'py> {
         let view = View::any_strides(op, "row_of_slot", row_of_slot)?;
         let [tokens, top_k] = view.dims("[T, K]")?;
         slots(op, tokens, top_k)?;
-        let row_of_slot = view.contiguous(row_of_slot)?;
+        let row_of_slot = view.contiguous()?;
         let slot_of_row = View::new(op, "slot_of_row", slot_of_row)?;
         let [rows] = slot_of_row.dims("[T * K]")?;
         slot_of_row.same_device(&row_of_slot)?;
@@ -102,7 +103,7 @@ pub fn permute<'py>(
     let hidden = width(OP, "x", &view, plan.tokens)?;
     let inputs = [&view, &plan.slot_of_row, &plan.row_of_slot];
     let shape = [plan.rows, hidden];
-    let mut out = Output::out_or_empty(OP, out, x, &shape, view.dtype(), &inputs)?;
+    let mut out = Output::out_or_empty(out, &view, &shape, view.dtype(), &inputs)?;
     match view.device() {
         Device::Cpu => {
             let (x, maps, row_bytes) = (view.bytes()?, plan.maps()?, hidden * view.dtype().size());
@@ -110,7 +111,7 @@ pub fn permute<'py>(
             run(py, || core::permute(x, row_bytes, maps, out))?;
         }
         Device::Cuda(_) => {
-            let (stream, maps) = (view.stream(x)?, plan.device_maps()?);
+            let (stream, maps) = (view.stream()?, plan.device_maps()?);
             let (x, mut out) = (view.device_array()?, out.device_array_mut()?);
             run(py, || cuda::permute(stream, x, hidden, maps, &mut out))?;
         }
@@ -160,7 +161,7 @@ pub fn unpermute<'py>(
         }
         inputs.push(elsewhere);
     }
-    let mut out = Output::out_or_empty(OP, out, y, &shape, view.dtype(), &inputs)?;
+    let mut out = Output::out_or_empty(out, &view, &shape, view.dtype(), &inputs)?;
     match view.device() {
         Device::Cpu => with_float!(view, T, {
             let (y, maps) = (view.slice::<T>()?, plan.maps()?);
@@ -174,7 +175,7 @@ pub fn unpermute<'py>(
         }),
         Device::Cuda(_) if base.is_some() => return Err(no_kernel(OP)),
         Device::Cuda(_) => {
-            let (stream, maps) = (view.stream(y)?, plan.device_maps()?);
+            let (stream, maps) = (view.stream()?, plan.device_maps()?);
             let weights = weights.as_ref().map(View::device_array).transpose()?;
             let (y, mut out) = (view.device_array()?, out.device_array_mut()?);
             run(py, || cuda::unpermute(stream, y, hidden, maps, weights, &mut out))?;
@@ -202,9 +203,9 @@ pub fn unpermute_backward<'py>(
         input.same_device(&view)?;
     }
     let hidden = width(OP, "y", &view, plan.rows)?;
-    let mut dy = Output::empty(OP, y, view.shape(), view.dtype())?;
+    let mut dy = Output::empty(&view, view.shape(), view.dtype())?;
     let sums = if view.dtype() == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
-    let mut dw = Output::empty(OP, topk_weights, weights.shape(), sums)?;
+    let mut dw = Output::empty(&weights, weights.shape(), sums)?;
     match view.device() {
         Device::Cpu => with_float!(view, T, {
             let (grad, y, maps) = (grad.slice::<T>()?, view.slice::<T>()?, plan.maps()?);
@@ -213,7 +214,7 @@ pub fn unpermute_backward<'py>(
             run(py, || core::unpermute_backward(grad, y, hidden, maps, &weights, dy, dw))?;
         }),
         Device::Cuda(_) => {
-            let (stream, maps) = (view.stream(y)?, plan.device_maps()?);
+            let (stream, maps) = (view.stream()?, plan.device_maps()?);
             let (grad, weights) = (grad.device_array()?, weights.device_array()?);
             let (y, mut dy) = (view.device_array()?, dy.device_array_mut()?);
             let mut dw = dw.device_array_mut()?;
@@ -241,8 +242,8 @@ pub fn chunk_maps<'py>(
     places.dims::<1>("[C]")?;
     places.same_device(&sizes)?;
     let rows = count(OP, "num_rows", num_rows)?;
-    let mut source_of_row = Output::empty(OP, split_sizes, &[rows], Dtype::I32)?;
-    let mut row_of_source = Output::empty(OP, split_sizes, &[rows, 1], Dtype::I32)?;
+    let mut source_of_row = Output::empty(&sizes, &[rows], Dtype::I32)?;
+    let mut row_of_source = Output::empty(&sizes, &[rows, 1], Dtype::I32)?;
     match sizes.device() {
         Device::Cpu => {
             let (sizes, places) = (integers(&sizes)?, integers(&places)?);

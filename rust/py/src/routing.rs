@@ -1,9 +1,10 @@
 //! `route`, its parts and their gradients, and the check of its options.
 
 use crate::error::{no_kernel, to_py};
+use crate::output::Output;
 use crate::permute::accumulators;
 use crate::run::run;
-use crate::tensor::{Device, Output, Pod, View};
+use crate::tensor::{Device, Pod, View};
 use crate::with_float;
 use ferromoe_core::error::check_shape;
 use ferromoe_core::routing::{
@@ -157,8 +158,8 @@ pub fn route<'py>(
         bias.same_device(&router.logits)?;
         check_shape(OP, "bias", bias.shape(), &[router.routed()]).map_err(to_py)?;
     }
-    let mut weights = Output::empty(OP, router_logits, &router.slots(), router.wide())?;
-    let mut ids = Output::empty(OP, router_logits, &router.slots(), Dtype::I32)?;
+    let mut weights = Output::empty(&router.logits, &router.slots(), router.wide())?;
+    let mut ids = Output::empty(&router.logits, &router.slots(), Dtype::I32)?;
     match router.logits.device() {
         Device::Cpu => with_float!(router.logits, T, {
             let (logits, options) = (router.logits::<T>()?, &router.options);
@@ -184,7 +185,7 @@ pub fn route_weights<'py>(
     const OP: &str = "route";
     let router = Router::new(OP, router_logits, expert_mask, options)?;
     let ids = router.ids(topk_ids)?;
-    let mut weights = Output::empty(OP, router_logits, &router.slots(), router.wide())?;
+    let mut weights = Output::empty(&router.logits, &router.slots(), router.wide())?;
     match router.logits.device() {
         Device::Cpu => with_float!(router.logits, T, {
             let (logits, options, ids) =
@@ -210,7 +211,7 @@ pub fn route_topp<'py>(
     const OP: &str = "route_topp";
     let router = Router::new(OP, router_logits, None, options)?;
     let min_k = count("min_k", min_k)?;
-    let mut ids = Output::empty(OP, router_logits, &router.slots(), Dtype::I32)?;
+    let mut ids = Output::empty(&router.logits, &router.slots(), Dtype::I32)?;
     match router.logits.device() {
         Device::Cpu => with_float!(router.logits, T, {
             let (logits, options) = (router.logits::<T>()?, &router.options);
@@ -240,7 +241,7 @@ pub fn route_backward<'py>(
     check_shape(OP, "grad", grad.shape(), &router.slots()).map_err(to_py)?;
     let ids = router.ids(topk_ids)?;
     let view = &router.logits;
-    let mut out = Output::empty(OP, router_logits, view.shape(), view.dtype())?;
+    let mut out = Output::empty(&router.logits, view.shape(), view.dtype())?;
     match view.device() {
         Device::Cpu => with_float!(view, T, {
             let (logits, options, ids) =
@@ -285,8 +286,8 @@ pub fn route_stats<'py>(
     let padding = padding_mask.map(|mask| View::new(OP, "padding_mask", mask)).transpose()?;
     let sequences = sequences(&router, padding.as_ref(), num_sequences)?;
     let shape = [sequences.count, router.routed()];
-    let mut counts = Output::empty(OP, router_logits, &shape, Dtype::I32)?;
-    let mut sums = Output::empty(OP, router_logits, &shape, router.wide())?;
+    let mut counts = Output::empty(&router.logits, &shape, Dtype::I32)?;
+    let mut sums = Output::empty(&router.logits, &shape, router.wide())?;
     match router.logits.device() {
         Device::Cpu => with_float!(router.logits, T, {
             let (logits, options, ids) =
@@ -318,7 +319,7 @@ pub fn route_stats_backward<'py>(
     let sequences = sequences(&router, padding.as_ref(), num_sequences)?;
     check_shape(OP, "grad", grad.shape(), &[sequences.count, router.routed()]).map_err(to_py)?;
     let view = &router.logits;
-    let mut out = Output::empty(OP, router_logits, view.shape(), view.dtype())?;
+    let mut out = Output::empty(&router.logits, view.shape(), view.dtype())?;
     match view.device() {
         Device::Cpu => with_float!(view, T, {
             let (logits, options) = (router.logits::<T>()?, &router.options);

@@ -1,12 +1,11 @@
-//! Arrays of torch, NumPy and CuPy as checked views, and new arrays of the same kind.
+//! Arrays of torch, NumPy and CuPy as checked views.
 #![allow(unsafe_code, reason = "turns checked addresses into slices")]
 
-use crate::dlpack::{self, DlDataType, DlDevice, Owned};
+use crate::dlpack::{self, DlDataType, DlTensor, Owned};
 use crate::error::to_py;
 use ferromoe_core::{Dtype, Error};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::{intern, prelude::*};
-use std::marker::PhantomData;
 
 /// Where an array lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,30 +32,34 @@ pod! {
     i32: I32;
 }
 
-/// A contiguous array that an operation reads (or, inside [`Output`], writes).
+/// A contiguous array that an operation reads (or, inside an [`Output`](crate::output::Output),
+/// writes).
 ///
 /// It owns a claim on the storage, so it stays valid while the GIL is released.
 pub struct View<'py> {
-    op: &'static str,
+    pub op: &'static str,
     arg: &'static str,
+    pub object: Bound<'py, PyAny>,
+    /// Keeps what `tensor` points at; a new array is kept by `object`.
+    claim: Option<Owned>,
+    pub tensor: DlTensor,
     shape: Vec<usize>,
     dtype: Dtype,
     device: Device,
-    owned: Owned,
-    py: PhantomData<Bound<'py, PyAny>>,
 }
 
 impl<'py> View<'py> {
     /// A view of `object`, which is copied first where it is not contiguous.
     pub fn new(op: &'static str, arg: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
-        Self::any_strides(op, arg, object)?.contiguous(object)
+        Self::any_strides(op, arg, object)?.contiguous()
     }
 
-    /// This view, or one of a copy of its `object` where that is not contiguous.
-    pub fn contiguous(self, object: &Bound<'py, PyAny>) -> PyResult<Self> {
+    /// This view, or one of a copy of its array where that is not contiguous.
+    pub fn contiguous(self) -> PyResult<Self> {
         if self.is_contiguous() {
             return Ok(self);
         }
+        let object = &self.object;
         let py = object.py();
         let copy = if object.hasattr(intern!(py, "contiguous"))? {
             object.call_method0(intern!(py, "contiguous"))?
@@ -73,7 +76,7 @@ impl<'py> View<'py> {
         object: &Bound<'py, PyAny>,
     ) -> PyResult<Self> {
         let view = Self::any_strides(op, arg, object)?;
-        if view.row_stride().is_some() { Ok(view) } else { Self::new(op, arg, object) }
+        if view.row_stride().is_some() { Ok(view) } else { view.contiguous() }
     }
 
     /// A view of which shape, dtype and device may be asked, before [`View::contiguous`] copies.
@@ -87,39 +90,54 @@ impl<'py> View<'py> {
             to_py(Error::Type { op, arg, expected, got })
         };
         let class = || object.get_type().name().map_or("an object".into(), |name| name.to_string());
-        if !object.hasattr(intern!(object.py(), "__dlpack__"))? {
-            return Err(refuse(class()));
-        }
         // What the producer says of arrays it cannot show (sparse, meta, of bit fields) is long
         // and of its own insides.
-        let owned = Owned::new(object).map_err(|_| {
-            refuse(format!("{} whose memory cannot be shared through DLPack", class()))
+        let claim = Owned::new(object).map_err(|_| {
+            match object.hasattr(intern!(object.py(), "__dlpack__")) {
+                Ok(true) => {
+                    refuse(format!("{} whose memory cannot be shared through DLPack", class()))
+                }
+                _ => refuse(class()),
+            }
         })?;
-        let tensor = owned.tensor();
+        let tensor = *claim.tensor();
         let dtype = dtype_of(tensor.dtype).ok_or_else(|| {
             let name = object.getattr("dtype").map_or("?".into(), |dtype| dtype.to_string());
             to_py(Error::Type { op, arg, expected: "of a known dtype".into(), got: name })
         })?;
-        let device = match tensor.device.device_type {
-            kind if dlpack::CPU.contains(&kind) && crate::cuda::emulating() => Device::Cuda(0),
-            kind if dlpack::CPU.contains(&kind) => Device::Cpu,
-            kind if dlpack::CUDA.contains(&kind) => Device::Cuda(tensor.device.device_id),
-            kind => return Err(refuse(format!("an array on device type {kind}"))),
-        };
+        let device = device_of(&tensor).ok_or_else(|| {
+            refuse(format!("an array on device type {}", tensor.device.device_type))
+        })?;
         // SAFETY: DLPack: `shape` holds `ndim` extents.
         let shape = unsafe { slice_or_empty(tensor.shape, tensor.ndim) }
             .iter()
             .map(|&extent| extent as usize)
             .collect();
-        let view = Self { op, arg, shape, dtype, device, owned, py: PhantomData };
-        if view.owned.tensor().data.is_null() && view.len() != 0 {
+        let object = object.clone();
+        let view = Self { op, arg, object, claim: Some(claim), tensor, shape, dtype, device };
+        if tensor.data.is_null() && view.len() != 0 {
             return Err(refuse(format!("{} without data", class())));
         }
         Ok(view)
     }
 
-    fn is_contiguous(&self) -> bool {
-        let tensor = self.owned.tensor();
+    /// A view of a new array, of which everything is known; it does not outlive `object`.
+    pub fn of_new(
+        op: &'static str,
+        object: Bound<'py, PyAny>,
+        tensor: DlTensor,
+        shape: &[usize],
+        dtype: Dtype,
+        device: Device,
+    ) -> Self {
+        // Contiguous, which a tensor without strides is; those of the array may go with its maker.
+        let tensor =
+            DlTensor { shape: std::ptr::null_mut(), strides: std::ptr::null_mut(), ..tensor };
+        Self { op, arg: "out", object, claim: None, tensor, shape: shape.to_vec(), dtype, device }
+    }
+
+    pub fn is_contiguous(&self) -> bool {
+        let tensor = &self.tensor;
         if tensor.strides.is_null() || self.len() == 0 {
             return true;
         }
@@ -144,7 +162,7 @@ impl<'py> View<'py> {
         }
         // SAFETY: DLPack: `strides` holds `ndim` entries; they are not null where the array is not
         // contiguous.
-        let strides = unsafe { slice_or_empty(self.owned.tensor().strides, 2) };
+        let strides = unsafe { slice_or_empty(self.tensor.strides, 2) };
         let stride = usize::try_from(strides[0]).ok()?;
         ((columns == 1 || strides[1] == 1) && stride >= columns).then_some(stride)
     }
@@ -188,7 +206,7 @@ impl<'py> View<'py> {
     pub fn slice<T: Pod>(&self) -> PyResult<&[T]> {
         let data = self.address::<T>()?;
         // SAFETY: `address` checked dtype, alignment and device; the view is contiguous, so its
-        // len() elements lie behind each other, and `owned` keeps them alive.
+        // len() elements lie behind each other, and the claim keeps them alive.
         Ok(unsafe { std::slice::from_raw_parts(data, self.len()) })
     }
 
@@ -198,7 +216,7 @@ impl<'py> View<'py> {
         let stride = self.row_stride().expect("with_row_stride made this view");
         let len = if self.len() == 0 { 0 } else { (self.shape[0] - 1) * stride + self.shape[1] };
         let data = self.address::<T>()?;
-        // SAFETY: as in `slice`; the rows lie `stride` apart in one block of memory, which `owned`
+        // SAFETY: as in `slice`; the rows lie `stride` apart in one block of memory, which the claim
         // keeps alive and which therefore holds what lies between them.
         Ok((unsafe { std::slice::from_raw_parts(data, len) }, stride))
     }
@@ -206,7 +224,7 @@ impl<'py> View<'py> {
     /// The elements as bytes, whatever their dtype.
     pub fn bytes(&self) -> PyResult<&[u8]> {
         self.on_cpu()?;
-        // SAFETY: contiguous, on the CPU, kept alive by `owned`; a byte has no alignment.
+        // SAFETY: contiguous, on the CPU, kept alive by the claim; a byte has no alignment.
         Ok(unsafe { std::slice::from_raw_parts(self.start(), self.len() * self.dtype.size()) })
     }
 
@@ -218,14 +236,17 @@ impl<'py> View<'py> {
         Ok(unsafe { ferromoe_cuda::Array::new(data, self.len(), self.dtype) })
     }
 
-    /// The stream on which the library of this array, `object`, works on its GPU.
-    pub fn stream(&self, object: &Bound<'_, PyAny>) -> PyResult<ferromoe_cuda::Stream> {
+    /// The stream on which the library of this array works on its GPU.
+    pub fn stream(&self) -> PyResult<ferromoe_cuda::Stream> {
         let Device::Cuda(ordinal) = self.device else {
             return Err(self.not_on("a GPU"));
         };
-        let emulated = dlpack::CPU.contains(&self.owned.tensor().device.device_type);
-        let handle =
-            if emulated { std::ptr::null_mut() } else { dlpack::current_stream(object, ordinal)? };
+        let emulated = dlpack::CPU.contains(&self.tensor.device.device_type);
+        let handle = if emulated {
+            std::ptr::null_mut()
+        } else {
+            dlpack::current_stream(&self.object, ordinal)?
+        };
         // SAFETY: a stream of the primary context, by the producer's word; it lives at least until
         // the caller of this operation, who works on it, is back.
         unsafe { ferromoe_cuda::Stream::new(ordinal, handle) }.map_err(to_py)
@@ -242,7 +263,7 @@ impl<'py> View<'py> {
         if self.dtype == Dtype::Bool { Ok(()) } else { Err(self.type_error(Dtype::Bool.name())) }
     }
 
-    fn on_cpu(&self) -> PyResult<()> {
+    pub fn on_cpu(&self) -> PyResult<()> {
         if self.device == Device::Cpu { Ok(()) } else { Err(self.not_on("the CPU")) }
     }
 
@@ -253,16 +274,15 @@ impl<'py> View<'py> {
         ))
     }
 
-    fn start(&self) -> *mut u8 {
-        let tensor = self.owned.tensor();
+    pub fn start(&self) -> *mut u8 {
         if self.len() == 0 {
             // An empty array may have any address; slices want one that is aligned and not null.
             return std::ptr::without_provenance_mut(64);
         }
-        tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize)
+        self.tensor.data.cast::<u8>().wrapping_add(self.tensor.byte_offset as usize)
     }
 
-    fn address<T: Pod>(&self) -> PyResult<*mut T> {
+    pub fn address<T: Pod>(&self) -> PyResult<*mut T> {
         self.on_cpu()?;
         if !T::DTYPES.contains(&self.dtype) {
             let names: Vec<_> = T::DTYPES.iter().map(|dtype| dtype.name()).collect();
@@ -278,7 +298,7 @@ impl<'py> View<'py> {
         Ok(data)
     }
 
-    fn device_address(&self) -> PyResult<*mut u8> {
+    pub fn device_address(&self) -> PyResult<*mut u8> {
         if self.device == Device::Cpu {
             return Err(self.not_on("a GPU"));
         }
@@ -292,7 +312,13 @@ impl<'py> View<'py> {
         Ok(data)
     }
 
-    fn overlaps(&self, other: &View<'_>) -> bool {
+    /// Whether the array refuses to be written.
+    pub fn read_only(&self) -> bool {
+        self.claim.as_ref().is_some_and(Owned::read_only)
+    }
+
+    /// Whether two arrays share memory.
+    pub fn overlaps(&self, other: &View<'_>) -> bool {
         let span = |view: &View<'_>| {
             let start = view.start() as usize;
             (start, start + view.len() * view.dtype.size())
@@ -302,115 +328,18 @@ impl<'py> View<'py> {
     }
 }
 
-/// An array that an operation writes: the caller's `out`, or a new one of the inputs' kind.
-pub struct Output<'py> {
-    array: Bound<'py, PyAny>,
-    view: View<'py>,
-}
-
-impl<'py> Output<'py> {
-    /// A new array of `like`'s library, on its device, contents undefined.
-    pub fn empty(
-        op: &'static str,
-        like: &Bound<'py, PyAny>,
-        shape: &[usize],
-        dtype: Dtype,
-    ) -> PyResult<Self> {
-        let device = *Owned::new(like)
-            .map(|owned| owned.tensor().device)
-            .as_ref()
-            .map_err(|e| PyTypeError::new_err(format!("{op}: cannot allocate an output: {e}")))?;
-        let array = empty(like, shape, dtype, device)?;
-        let view = View::any_strides(op, "out", &array)?;
-        Ok(Self { array, view })
+/// Where a kernel finds an array, if that is a place that has kernels.
+fn device_of(tensor: &DlTensor) -> Option<Device> {
+    match tensor.device.device_type {
+        kind if dlpack::CPU.contains(&kind) && crate::cuda::emulating() => Some(Device::Cuda(0)),
+        kind if dlpack::CPU.contains(&kind) => Some(Device::Cpu),
+        kind if dlpack::CUDA.contains(&kind) => Some(Device::Cuda(tensor.device.device_id)),
+        _ => None,
     }
-
-    /// `out`, checked against what the operation writes and reads, or a new array.
-    pub fn out_or_empty(
-        op: &'static str,
-        out: Option<&Bound<'py, PyAny>>,
-        like: &Bound<'py, PyAny>,
-        shape: &[usize],
-        dtype: Dtype,
-        inputs: &[&View<'_>],
-    ) -> PyResult<Self> {
-        let Some(array) = out else { return Self::empty(op, like, shape, dtype) };
-        let view = View::any_strides(op, "out", array)?;
-        ferromoe_core::error::check_shape(op, "out", view.shape(), shape).map_err(to_py)?;
-        if view.dtype != dtype {
-            return Err(view.type_error(dtype.name()));
-        }
-        let wrong = if !view.is_contiguous() {
-            "be contiguous, got a strided array"
-        } else if view.owned.read_only() {
-            "be writable, got a read-only array"
-        } else if inputs.iter().any(|input| view.overlaps(input)) {
-            "have memory of its own, got an array that overlaps an input"
-        } else {
-            if let Some(input) = inputs.first() {
-                view.same_device(input)?;
-            }
-            return Ok(Self { array: array.clone(), view });
-        };
-        Err(PyValueError::new_err(format!("{op}: out must {wrong}")))
-    }
-
-    pub fn shape(&self) -> &[usize] {
-        self.view.shape()
-    }
-
-    /// The elements to write, row-major.
-    pub fn slice_mut<T: Pod>(&mut self) -> PyResult<&mut [T]> {
-        let data = self.view.address::<T>()?;
-        // SAFETY: as in `View::slice`; the array is new, or `out` was checked to overlap no input,
-        // and `&mut self` makes this its only slice.
-        Ok(unsafe { std::slice::from_raw_parts_mut(data, self.view.len()) })
-    }
-
-    /// The elements to write, as bytes.
-    pub fn bytes_mut(&mut self) -> PyResult<&mut [u8]> {
-        self.view.on_cpu()?;
-        let len = self.view.len() * self.view.dtype.size();
-        // SAFETY: as in `slice_mut`; a byte has no alignment.
-        Ok(unsafe { std::slice::from_raw_parts_mut(self.view.start(), len) })
-    }
-
-    /// The array as a kernel on its GPU writes it.
-    pub fn device_array_mut(&mut self) -> PyResult<ferromoe_cuda::ArrayMut<'_>> {
-        let data = self.view.device_address()?;
-        // SAFETY: as in `View::device_array`; new, or checked to overlap no input, and `&mut self`
-        // makes this its only view.
-        Ok(unsafe { ferromoe_cuda::ArrayMut::new(data, self.view.len(), self.view.dtype) })
-    }
-
-    pub fn into_array(self) -> Bound<'py, PyAny> {
-        self.array
-    }
-}
-
-fn empty<'py>(
-    like: &Bound<'py, PyAny>,
-    shape: &[usize],
-    dtype: Dtype,
-    device: DlDevice,
-) -> PyResult<Bound<'py, PyAny>> {
-    let extents: Vec<i64> = shape.iter().map(|&extent| extent as i64).collect();
-    if let Some(array) = dlpack::allocate(like, &extents, dl_dtype(dtype), device)? {
-        return Ok(array);
-    }
-    // torch before 2.10, NumPy, CuPy.
-    let (py, module) = (like.py(), library(like)?);
-    let name = module.getattr(dtype.name())?;
-    if like.hasattr(intern!(py, "new_empty"))? {
-        let keywords = pyo3::types::PyDict::new(py);
-        keywords.set_item("dtype", name)?;
-        return like.call_method(intern!(py, "new_empty"), (extents,), Some(&keywords));
-    }
-    module.call_method1(intern!(py, "empty"), (extents, name))
 }
 
 /// The package that an array's class comes from.
-fn library<'py>(array: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyModule>> {
+pub fn library<'py>(array: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyModule>> {
     let module = array.get_type().module()?.to_string();
     array.py().import(module.split('.').next().unwrap_or_default())
 }
@@ -449,7 +378,8 @@ fn dtype_of(dtype: DlDataType) -> Option<Dtype> {
         .map(|(dtype, ..)| *dtype)
 }
 
-fn dl_dtype(dtype: Dtype) -> DlDataType {
+/// The same dtype in DLPack's terms.
+pub fn dl_dtype(dtype: Dtype) -> DlDataType {
     let (_, code, bits) =
         CODES.into_iter().find(|(known, ..)| *known == dtype).expect("CODES lists every Dtype");
     DlDataType { code, bits, lanes: 1 }

@@ -25,22 +25,17 @@ unsafe impl Send for Block {}
 unsafe impl Sync for Block {}
 
 impl Block {
-    /// At least `bytes` bytes of zeros; `bytes` is not 0.
-    pub(super) fn new(bytes: usize) -> Self {
+    /// At least `bytes` bytes of zeros, if there is memory for them; `bytes` is not 0.
+    pub(super) fn new(bytes: usize) -> Option<Self> {
         #[cfg(target_os = "linux")]
         if bytes >= HUGE_PAGE {
             return Self::mapped(bytes);
         }
-        Layout::from_size_align(bytes, PAGE)
-            .ok()
-            .map(|layout| layout.pad_to_align())
-            .and_then(|layout| {
-                let layout = Self::layout(layout.size());
-                // SAFETY: the size is not 0, since `bytes` is not.
-                let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-                Some(Self { start, bytes: layout.size(), mapped: false })
-            })
-            .unwrap_or_else(|| out_of_memory(bytes))
+        let layout = Layout::from_size_align(bytes, PAGE).ok()?.pad_to_align();
+        let layout = Self::layout(layout.size());
+        // SAFETY: the size is not 0, since `bytes` is not.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        Some(Self { start, bytes: layout.size(), mapped: false })
     }
 
     fn layout(bytes: usize) -> Layout {
@@ -70,28 +65,20 @@ impl Drop for Block {
     }
 }
 
-#[cold]
-fn out_of_memory(bytes: usize) -> ! {
-    panic!("out of memory for a workspace of {bytes} bytes");
-}
-
 #[cfg(target_os = "linux")]
 impl Block {
     /// Whole huge pages, as far as the system gives them; zeros until first touched, and then on
     /// the memory node of the thread that touches.
-    fn mapped(bytes: usize) -> Self {
-        let size = bytes.checked_next_multiple_of(HUGE_PAGE);
+    fn mapped(bytes: usize) -> Option<Self> {
+        let size = bytes.checked_next_multiple_of(HUGE_PAGE)?;
         // One huge page more than needed, so that an aligned piece lies inside.
-        let Some((size, room)) = size.and_then(|size| Some((size, size.checked_add(HUGE_PAGE)?)))
-        else {
-            out_of_memory(bytes)
-        };
+        let room = size.checked_add(HUGE_PAGE)?;
         let (access, flags) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         // SAFETY: a new anonymous mapping at an address of the system's choice touches no other.
         let map = unsafe { libc::mmap(std::ptr::null_mut(), room, access, flags, -1, 0) };
         if map == libc::MAP_FAILED {
-            out_of_memory(bytes);
+            return None;
         }
         let before = map.addr().next_multiple_of(HUGE_PAGE) - map.addr();
         let after = HUGE_PAGE - before;
@@ -106,7 +93,7 @@ impl Block {
                 libc::munmap(start.byte_add(size), after);
             }
             libc::madvise(start, size, libc::MADV_HUGEPAGE);
-            Self { start: NonNull::new_unchecked(start.cast()), bytes: size, mapped: true }
+            Some(Self { start: NonNull::new_unchecked(start.cast()), bytes: size, mapped: true })
         }
     }
 }
@@ -158,7 +145,7 @@ mod tests {
     #[test]
     fn a_large_block_is_whole_aligned_huge_pages_of_zeros() {
         for bytes in [HUGE_PAGE, HUGE_PAGE + 1, 3 * HUGE_PAGE] {
-            let block = Block::new(bytes);
+            let block = Block::new(bytes).unwrap();
             assert!(block.mapped);
             assert_eq!(block.bytes(), bytes.next_multiple_of(HUGE_PAGE));
             assert_eq!(block.start().addr().get() % HUGE_PAGE, 0);
@@ -166,7 +153,7 @@ mod tests {
             let slice = unsafe { std::slice::from_raw_parts(block.start().as_ptr(), bytes) };
             assert!(slice.iter().all(|&byte| byte == 0));
         }
-        assert!(!Block::new(HUGE_PAGE - PAGE).mapped);
+        assert!(!Block::new(HUGE_PAGE - PAGE).unwrap().mapped);
     }
 
     #[test]

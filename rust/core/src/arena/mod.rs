@@ -1,9 +1,9 @@
-//! Workspaces of kernels, kept between calls.
+//! Memory of kernels, kept between calls: workspaces, and large results.
 //!
 //! Every fresh block of some size costs page faults, which at 2 to 3 GB/s may cost more than the
 //! kernel that asks for it. So blocks go back to a list of the process and are handed out again;
-//! one that proves too small is replaced, so that the list grows to what the largest call needs.
-//! Large blocks lie in huge pages where the system gives them.
+//! a workspace that proves too small is replaced, so that the list grows to what the largest call
+//! needs. Large blocks lie in huge pages where the system gives them.
 #![allow(unsafe_code, reason = "hands out raw memory as typed slices")]
 
 use crate::threads::PerProcess;
@@ -14,8 +14,10 @@ use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 mod block;
+mod result;
 
 use block::{ALIGN, Block};
+pub use result::ResultMemory;
 
 /// Bytes that the list keeps at most; what comes back beyond it goes to the system.
 const MAX_KEPT: usize = 512 << 20;
@@ -67,6 +69,7 @@ pub fn take<T: Plain>(len: usize) -> Scratch<T> {
         Found::Outgrown(block) => {
             drop(block);
             Block::new(bytes)
+                .unwrap_or_else(|| panic!("out of memory for a workspace of {bytes} bytes"))
         }
     });
     Scratch { block, len, elements: PhantomData }
@@ -155,6 +158,13 @@ impl Kept {
         Found::Outgrown(sized().max().map(|(_, i)| self.blocks.remove(i)))
     }
 
+    /// The smallest block that fits and is not much larger, for memory that stays out for long.
+    fn take_close(&mut self, bytes: usize) -> Option<Block> {
+        let sized = self.blocks.iter().enumerate().map(|(i, block)| (block.bytes(), i));
+        let (_, i) = sized.filter(|&(size, _)| size >= bytes && size - bytes <= size / 4).min()?;
+        Some(self.blocks.remove(i))
+    }
+
     /// Keeps `block`; returns the blocks that no longer fit under `max` bytes, oldest first.
     fn give_back(&mut self, block: Block, max: usize) -> Vec<Block> {
         if block.bytes() > max {
@@ -181,7 +191,7 @@ mod tests {
 
     /// A list with blocks of so many 4 KiB pages.
     fn list(pages: &[usize]) -> Kept {
-        Kept { blocks: pages.iter().map(|&n| Block::new(n << 12)).collect() }
+        Kept { blocks: pages.iter().map(|&n| Block::new(n << 12).unwrap()).collect() }
     }
 
     #[test]
@@ -222,6 +232,14 @@ mod tests {
     }
 
     #[test]
+    fn a_result_takes_no_block_that_is_much_too_large() {
+        let mut kept = list(&[9, 5, 4]);
+        assert!(kept.take_close(3 << 12).is_some_and(|block| block.bytes() == 4 << 12));
+        assert!(kept.take_close(3 << 12).is_none());
+        assert_eq!(sizes(&kept), [9, 5]);
+    }
+
+    #[test]
     fn the_largest_block_is_replaced_when_none_fits() {
         let mut kept = list(&[2, 3, 1]);
         let Found::Outgrown(Some(block)) = kept.take(4 << 12) else { panic!("none fits") };
@@ -232,10 +250,10 @@ mod tests {
     #[test]
     fn the_oldest_blocks_make_room() {
         let mut kept = list(&[4, 1, 2]);
-        assert!(kept.give_back(Block::new(3 << 12), 10 << 12).is_empty());
-        let evicted = kept.give_back(Block::new(5 << 12), 10 << 12);
+        assert!(kept.give_back(Block::new(3 << 12).unwrap(), 10 << 12).is_empty());
+        let evicted = kept.give_back(Block::new(5 << 12).unwrap(), 10 << 12);
         assert_eq!((evicted.len(), sizes(&kept)), (2, vec![2, 3, 5]));
-        let evicted = kept.give_back(Block::new(11 << 12), 10 << 12);
+        let evicted = kept.give_back(Block::new(11 << 12).unwrap(), 10 << 12);
         assert_eq!((evicted.len(), sizes(&kept)), (1, vec![2, 3, 5]));
     }
 
