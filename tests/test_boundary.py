@@ -59,6 +59,18 @@ def test_a_read_only_out_is_refused() -> None:
         ferromoe.permute(X.numpy(), plan, out=out)
 
 
+def test_an_array_that_shows_nothing_but_its_memory_is_read() -> None:
+    class Bare:
+        def __dlpack__(self, **options: Any) -> Any:
+            return X.__dlpack__(**options)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 1, 0
+
+    out = torch.empty(4, 2)
+    assert torch.equal(ferromoe.permute(Bare(), PLAN, out=out), PERMUTED)
+
+
 def test_read_only_inputs_are_fine() -> None:
     plan = ferromoe.Dispatch(*(field.numpy() for field in PLAN))
     x = X.numpy().copy()

@@ -91,9 +91,10 @@ def _is_known(x: Any) -> bool:
     if hasattr(x, "new_empty"):
         # What is more than its elements has no kernel, which says so.
         return _check.name_of(x) in _KNOWN or x.is_sparse or x.is_quantized
-    if not hasattr(x, "__dlpack__"):
-        return True  # is no array at all
-    return x.dtype.char in _KNOWN_LETTERS and bool(x.dtype.isnative)
+    dtype: Any = getattr(x, "dtype", None)
+    if not hasattr(dtype, "char"):
+        return True  # no array of NumPy's kind: the kernel says whether it takes it
+    return dtype.char in _KNOWN_LETTERS and bool(dtype.isnative)
 
 
 def move_rows(x: Any, slot_of_row: Any, row_of_slot: Any) -> Any:
