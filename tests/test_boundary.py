@@ -157,24 +157,6 @@ def test_vmap_and_fake_tensors_work() -> None:
     assert fake.shape == (4, 2)
 
 
-def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, requires_grad=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "args"),
-    [
-        ("permute", [randn(2, 3), *PLAN[1:]]),
-        ("unpermute", [randn(4, 3), *PLAN[1:], randn(2, 2), None]),
-        ("unpermute", [randn(4, 3), *PLAN[1:], None, randn(2, 3)]),
-        ("pad_plan", [*PLAN, 12, 4, False]),
-        ("chunk_maps", [torch.tensor([2, 1]), torch.tensor([1, 0]), 4]),
-    ],
-)
-def test_registered_operators_pass_torchs_own_check(name: str, args: list[Any]) -> None:
-    torch.library.opcheck(getattr(torch.ops.ferromoe, name).default, args)
-
-
 def test_the_memory_of_a_large_result_serves_the_next_one() -> None:
     ferromoe.release_memory()
     x = torch.arange(2.0 * (1 << 20)).view(2, 1 << 20)
