@@ -1,4 +1,4 @@
-"""permute and unpermute against indexing in PyTorch."""
+"""dispatch, permute and unpermute against PyTorch and the lines that transformers has for them."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def bench_permute(benchmark: BenchmarkFixture, shape: Shape, tokens: int, way: s
     benchmark.extra_info["bytes"] = 2 * out.nbytes
 
 
-@pytest.mark.parametrize("way", ["ferromoe", "torch"])
+@pytest.mark.parametrize("way", ["ferromoe", "torch", "transformers"])
 def bench_unpermute(benchmark: BenchmarkFixture, shape: Shape, tokens: int, way: str) -> None:
     benchmark.group = f"unpermute {shape} T={tokens}"
     ids, plan = baselines.draw_plan(shape.num_experts, shape.top_k, tokens)
@@ -36,6 +36,9 @@ def bench_unpermute(benchmark: BenchmarkFixture, shape: Shape, tokens: int, way:
 
     if way == "ferromoe":
         out = benchmark(ferromoe.unpermute, rows, plan, weights)
+    elif way == "transformers":
+        weight_of_row = weights.view(-1)[plan.slot_of_row.long()].bfloat16()
+        out = benchmark(baselines.weigh_and_sum, *given[:2], weight_of_row)
     else:
         out = benchmark(baselines.unpermute, *given)
 
@@ -43,16 +46,24 @@ def bench_unpermute(benchmark: BenchmarkFixture, shape: Shape, tokens: int, way:
     benchmark.extra_info["bytes"] = rows.nbytes + out.nbytes
 
 
-@pytest.mark.parametrize("way", ["ferromoe", "torch"])
+@pytest.mark.parametrize("way", ["ferromoe", "sort_and_count", "torch", "transformers"])
 def bench_dispatch(benchmark: BenchmarkFixture, shape: Shape, tokens: int, way: str) -> None:
     benchmark.group = f"dispatch {shape} T={tokens}"
     ids, plan = baselines.draw_plan(shape.num_experts, shape.top_k, tokens)
+    order, counts = baselines.sort_and_count(ids, shape.num_experts)
+    expected = [counts.cumsum(0), order, order.argsort().view_as(ids)]
 
     if way == "ferromoe":
-        benchmark(ferromoe.dispatch, ids, num_experts=shape.num_experts)
+        offsets, *maps = benchmark(ferromoe.dispatch, ids, num_experts=shape.num_experts)
+        found = [offsets[1:], *maps]
+    elif way == "torch":
+        offsets, *maps = benchmark(baselines.sort_and_invert, ids, shape.num_experts)
+        found = [offsets[1:], *maps]
+    elif way == "transformers":  # its sort isn't stable by promise, so only the ends are sure
+        found = [benchmark(baselines.sort_and_histogram, ids, shape.num_experts)[0]]
     else:
         benchmark(baselines.sort_and_count, ids, shape.num_experts)
+        found = [plan.expert_offsets[1:], plan.slot_of_row, plan.row_of_slot]
 
-    order, counts = baselines.sort_and_count(ids, shape.num_experts)
-    assert torch.equal(plan.slot_of_row.long(), order)
-    assert torch.equal(plan.expert_offsets.diff().long(), counts)
+    for made, right in zip(found, expected, strict=False):
+        assert torch.equal(made.long(), right)

@@ -1,4 +1,4 @@
-"""route against what transformers does between the router's linear layer and the experts."""
+"""route against PyTorch and the routers of transformers, after their linear layer."""
 
 import pytest
 import torch
@@ -8,24 +8,32 @@ import baselines
 import ferromoe
 from shapes import Shape
 
+WAYS = ["ferromoe", "torch", "transformers"]
 
-@pytest.mark.parametrize("way", ["ferromoe", "torch"])
+
+@pytest.mark.parametrize("way", WAYS)
 def bench_route(benchmark: BenchmarkFixture, shape: Shape, tokens: int, way: str) -> None:
     benchmark.group = f"route {shape} T={tokens}"
     logits = torch.randn(tokens, shape.num_experts)
+    renorm = baselines.ROUTERS[shape.name][2]
+    expected = baselines.route_softmax(logits.double(), shape.top_k, renorm)
 
-    if way == "ferromoe":
-        weights, ids, *_ = benchmark(ferromoe.route, logits, top_k=shape.top_k, renorm="sum")
+    if way == "transformers":  # Switch's returns a mask in place of ids
+        router = baselines.transformers_router(shape.name, shape.num_experts, shape.top_k)
+        weights = benchmark(router, logits)[1]
     else:
-        weights, ids = benchmark(baselines.route_softmax, logits, shape.top_k)
+        if way == "ferromoe":
+            options = {"top_k": shape.top_k, "renorm": "sum" if renorm else None}
+            weights, ids, *_ = benchmark(ferromoe.route, logits, **options)
+        else:
+            weights, ids = benchmark(baselines.route_softmax, logits, shape.top_k, renorm)
+        assert torch.equal(ids.long().sort().values, expected[1].sort().values)
 
-    expected = baselines.route_softmax(logits.double(), shape.top_k)
-    assert torch.equal(ids.long().sort().values, expected[1].sort().values)
     torch.testing.assert_close(weights.sort().values, expected[0].float().sort().values)
     benchmark.extra_info["bytes"] = logits.nbytes
 
 
-@pytest.mark.parametrize("way", ["ferromoe", "torch"])
+@pytest.mark.parametrize("way", WAYS)
 def bench_route_groups(benchmark: BenchmarkFixture, shape: Shape, tokens: int, way: str) -> None:
     benchmark.group = f"route by groups {shape} T={tokens}"
     logits, bias = torch.randn(tokens, shape.num_experts), torch.randn(shape.num_experts) / 10
@@ -47,7 +55,20 @@ def bench_route_groups(benchmark: BenchmarkFixture, shape: Shape, tokens: int, w
     def theirs() -> tuple[torch.Tensor, torch.Tensor]:
         return baselines.route_deepseek_v3(logits, bias, top_k, **groups)
 
-    weights, ids, *_ = benchmark(ours if way == "ferromoe" else theirs)
+    router = baselines.transformers_router(
+        "deepseek_v3",
+        shape.num_experts,
+        top_k,
+        bias,
+        n_group=2,
+        topk_group=1,
+        routed_scaling_factor=2.5,
+    )
+
+    if way == "transformers":
+        _, weights, ids = benchmark(router, logits)
+    else:
+        weights, ids, *_ = benchmark(ours if way == "ferromoe" else theirs)
 
     expected = theirs()
     assert torch.equal(ids.long().sort().values, expected[1].sort().values)

@@ -1,240 +1,171 @@
-"""Time routing and dispatch in turns with PyTorch and write the table under `bench/results/cpu/`.
+"""Time routing and dispatch in turns with other ways, and write `bench/results/cpu/routing.md`.
 
 Every cell is the median of several samples, the ways taking turns, so that a drifting machine hurts
-all alike: only ratios inside one row mean something.
+all alike: only ratios inside one row mean something. `--only` times a part and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.markdown import Markdown
 
-import baselines
 import ferromoe
 from ferromoe.demo.timing import interleaved
+from routing_ways import BEYOND, COPY, FASTEST, TABLES, Table
+from shapes import SHAPES
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
-TOKENS = [1, 16, 64, 256, 1024, 4096, 16384]
-# E and K of mixtral, olmoe, qwen3_30b and DeepSeek-V3, which routes by groups.
-ROUTERS = [(8, 2), (64, 8), (128, 8), (256, 8)]
-HIDDEN = 2048  # rows of 4 KB in bfloat16
-COPIES = [(8, 64), (8, 1024), (8, 4096), (2, 4096)]  # K and T, for the two that move rows
-
-Ways = dict[str, Callable[[int], Any]]
+THREADS = 2
 
 
-def _compiled(function: Callable[..., Any], *args: Any) -> Callable[..., Any] | None:
-    """Return the function through torch.compile, or None where no C++ compiler is found."""
-    compiled = torch.compile(function, dynamic=True)
-    try:
-        compiled(*args)
-    except Exception as error:
-        print(f"left out: torch.compile of {function.__name__}: {str(error).splitlines()[0]}")
-        return None
-    return compiled
-
-
-def _ways(ours: Callable[[], Any], eager: Callable[..., Any], compiled: Any, *args: Any) -> Ways:
-    ways: Ways = {"ferromoe": lambda _: ours(), "eager": lambda _: eager(*args)}
-    if compiled is not None:
-        ways["compiled"] = lambda _: compiled(*args)
-    return ways
-
-
-def softmax_rows() -> list[tuple[str, int, Ways]]:
-    """Route by softmax, top-k, renormalise, as Mixtral, Qwen3-MoE and OLMoE do."""
-    eager = baselines.route_softmax
-    compiled = _compiled(eager, torch.randn(32, 16), 4)
-    rows = []
-    for num_experts, top_k in ROUTERS:
-        for tokens in TOKENS:
-            z = torch.randn(tokens, num_experts)
-
-            def ours(z: torch.Tensor = z, top_k: int = top_k) -> Any:
-                return ferromoe.route(z, top_k=top_k, renorm="sum")
-
-            rows.append(
-                (f"E={num_experts} K={top_k}", tokens, _ways(ours, eager, compiled, z, top_k))
-            )
-    return rows
-
-
-def group_rows() -> list[tuple[str, int, Ways]]:
-    """Route as DeepSeek-V3 does: sigmoid, bias, 4 of 8 groups, renormalise, scale."""
-    eager = baselines.route_deepseek_v3
-    bias = torch.randn(256) / 10
-    compiled = _compiled(eager, torch.randn(32, 256), bias, 8, 8, 4)
-    options: dict[str, Any] = {"score": "sigmoid", "renorm": "sum", "eps": 1e-20, "scale": 2.5}
-    rows = []
-    for tokens in TOKENS:
-        z = torch.randn(tokens, 256)
-
-        def ours(z: torch.Tensor = z) -> Any:
-            return ferromoe.route(z, top_k=8, bias=bias, num_groups=8, topk_groups=4, **options)
-
-        rows.append(("E=256 K=8", tokens, _ways(ours, eager, compiled, z, bias, 8, 8, 4)))
-    return rows
-
-
-def dispatch_rows() -> list[tuple[str, int, Ways]]:
-    """Plan the slots; argsort and bincount give no inverse map."""
-    rows = []
-    for num_experts, top_k in ROUTERS:
-        for tokens in TOKENS:
-            ids, _ = baselines.draw_plan(num_experts, top_k, tokens)
-
-            def ours(ids: torch.Tensor = ids, num_experts: int = num_experts) -> Any:
-                return ferromoe.dispatch(ids, num_experts=num_experts)
-
-            ways = _ways(ours, baselines.sort_and_count, None, ids, num_experts)
-            rows.append((f"E={num_experts} K={top_k}", tokens, ways))
-    return rows
-
-
-def permute_rows(kept: bool) -> list[tuple[str, int, Ways]]:
-    """Copy rows into expert order; *copy* is of as many rows."""
-    rows = []
-    for top_k, tokens in COPIES:
-        _, plan = baselines.draw_plan(64, top_k, tokens)
-        x = torch.randn(tokens, HIDDEN).bfloat16()
-        token_of_row = plan.slot_of_row.long() // top_k
-        out, source = x[token_of_row], x[token_of_row]
-
-        def ours(x: Any = x, plan: Any = plan, out: Any = out if kept else None) -> Any:
-            return ferromoe.permute(x, plan, out=out)
-
-        ways = _ways(ours, baselines.permute, None, x, token_of_row)
-        ways["copy"] = lambda _, out=out, source=source: out.copy_(source)
-        rows.append((f"K={top_k}", tokens, ways))
-    return rows
-
-
-def unpermute_rows(kept: bool) -> list[tuple[str, int, Ways]]:
-    """Sum rows back, weighted, against gather, multiply, sum; *copy* is of the rows it reads."""
-    rows = []
-    for top_k, tokens in COPIES:
-        _, plan = baselines.draw_plan(64, top_k, tokens)
-        y = torch.randn(tokens * top_k, HIDDEN).bfloat16()
-        weights, out, copy = (
-            torch.rand(tokens, top_k),
-            torch.empty(tokens, HIDDEN).bfloat16(),
-            1 * y,
-        )
-
-        def ours(
-            y: Any = y, plan: Any = plan, weights: Any = weights, out: Any = out if kept else None
-        ) -> Any:
-            return ferromoe.unpermute(y, plan, weights, out=out)
-
-        ways = _ways(ours, baselines.unpermute, None, y, plan.row_of_slot.long(), weights)
-        ways["copy"] = lambda _, copy=copy, y=y: copy.copy_(y)
-        rows.append((f"K={top_k}", tokens, ways))
-    return rows
-
-
-def overhead_rows() -> list[tuple[str, int, Ways]]:
-    """Call with one token of eight experts and 16 columns, beside an empty compiled function."""
-    from ferromoe import _core
-
-    z, x = torch.randn(1, 8), torch.randn(1, 16)
-    ids, weights = ferromoe.route(z, top_k=2).topk_ids, torch.rand(1, 2)
-    plan = ferromoe.dispatch(ids, num_experts=8)
-    y, out = ferromoe.permute(x, plan), torch.empty(2, 16)
-    calls: dict[str, Callable[[], Any]] = {
-        "route": lambda: ferromoe.route(z, top_k=2),
-        "dispatch": lambda: ferromoe.dispatch(ids, num_experts=8),
-        "permute, kept": lambda: ferromoe.permute(x, plan, out=out),
-        "unpermute": lambda: ferromoe.unpermute(y, plan, weights),
-    }
-    return [
-        (name, 1, {"ferromoe": lambda _, f=call: f(), "empty": lambda _: _core.get_num_threads()})
-        for name, call in calls.items()
-    ]
-
-
-# Title, what is compared, and what makes the rows.
-TABLES: list[tuple[str, str, Callable[[], list[tuple[str, int, Ways]]]]] = [
-    (
-        "route, softmax",
-        "As Mixtral, Qwen3-MoE and OLMoE route after their linear layer.",
-        softmax_rows,
-    ),
-    ("route, DeepSeek-V3", "Sigmoid, bias, 4 of 8 groups, renormalise, scale.", group_rows),
-    ("dispatch", "argsort and bincount, which give no inverse map.", dispatch_rows),
-    ("permute into kept memory", "`x[token_of_row]`.", lambda: permute_rows(kept=True)),
-    (
-        "permute into new memory",
-        "Fresh memory above 32 MiB is bound by page faults, whoever writes it.",
-        lambda: permute_rows(kept=False),
-    ),
-    ("unpermute into kept memory", "Gather, multiply, sum.", lambda: unpermute_rows(kept=True)),
-    ("unpermute into new memory", "Gather, multiply, sum.", lambda: unpermute_rows(kept=False)),
-    (
-        "overhead",
-        "One token, 8 experts, 16 columns, beside an empty compiled function.",
-        overhead_rows,
-    ),
-]
-
-
-def measure(seconds: float) -> list[dict[str, Any]]:
-    """Time every row of every table."""
+def measure(tables: list[Table], seconds: float) -> list[dict[str, Any]]:
+    """Time every row of the tables, with samples of that many seconds."""
     found = []
-    for title, _, rows in TABLES:
-        print(title, flush=True)
-        for what, tokens, ways in rows():
-            times = interleaved(ways, rounds=9, sample_seconds=seconds, budget_seconds=30 * seconds)
-            found.append({"table": title, "what": what, "tokens": tokens, "seconds": times})
+    for table in tables:
+        print(table.title, flush=True)
+        for row in table.rows():
+            times = interleaved(
+                row.ways, rounds=9, sample_seconds=seconds, budget_seconds=30 * seconds
+            )
+            found.append(
+                {
+                    "table": table.title,
+                    "what": row.what,
+                    "tokens": row.tokens,
+                    "seconds": times,
+                    "targets": row.targets,
+                }
+            )
     return found
 
 
-def page(found: list[dict[str, Any]], machine: str) -> str:
-    """Write the results as Markdown: microseconds of ours, and how many times ours others take."""
+def score(figure: str, seconds: dict[str, float]) -> float:
+    """Return a figure that may have a target, rounded as it is shown."""
+    ours = seconds["ferromoe"]
+    if figure == BEYOND:
+        value = (ours - seconds["empty"]) * 1e6
+    elif figure == FASTEST:
+        others = [time for name, time in seconds.items() if name not in ("ferromoe", "copy")]
+        value = min(others) / ours
+    else:
+        value = seconds[figure.removesuffix(" / ours")] / ours
+    return round(value, 2)
+
+
+def falls_short(figure: str, value: float, target: float | None) -> bool:
+    """Tell whether a figure misses its target."""
+    if target is None:
+        return False
+    return value > target if figure == BEYOND else value < target
+
+
+def shown(figure: str, target: float | None) -> str:
+    """Write a target."""
+    if target is None:
+        return ""
+    return f"{'≤' if figure == BEYOND else '≥'} {target:g}"
+
+
+def table_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Write one table: ours in microseconds, others as multiples of it, figures beside targets."""
+    figures = list(rows[0]["targets"])
+    judged = [name for name in figures if any(row["targets"][name] is not None for row in rows)]
+    apart = {"ferromoe", "empty", *(name.removesuffix(" / ours") for name in figures)}
+    ways = [name for name in rows[0]["seconds"] if name not in apart]
+    header = ["", "T", "ferromoe, µs", *ways]
+    for figure in figures:
+        header += [figure, "target"] if figure in judged else [figure]
+    lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
+    for row in rows:
+        ours = row["seconds"]["ferromoe"]
+        cells = [row["what"], str(row["tokens"]), f"{ours * 1e6:.1f}"]
+        cells += [f"{row['seconds'][name] / ours:.2f}" for name in ways]
+        for figure, target in row["targets"].items():
+            value = score(figure, row["seconds"])
+            mark = "**" if falls_short(figure, value, target) else ""
+            cells.append(f"{mark}{value:.2f}{mark}")
+            cells += [shown(figure, target)] if figure in judged else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def short_lines(found: list[dict[str, Any]]) -> list[str]:
+    """List what misses its target."""
+    lines = []
+    for row in found:
+        for figure, target in row["targets"].items():
+            value = score(figure, row["seconds"])
+            if falls_short(figure, value, target):
+                where = f"{row['table']}: {row['what']}, T={row['tokens']}"
+                lines.append(f"- {where}: {figure} {value:.2f}, target {shown(figure, target)}")
+    return lines or ["none"]
+
+
+def page(tables: list[Table], found: list[dict[str, Any]]) -> str:
+    """Write the results as Markdown."""
+    sizes = (
+        f"{shape} E={shape.num_experts} K={shape.top_k} H={shape.hidden}"
+        for shape in SHAPES.values()
+    )
     lines = [
         "# Routing and dispatch on a CPU",
         "",
-        f"{machine}; float32 logits,",
-        f"rows of {HIDDEN} bfloat16. *ferromoe* is in microseconds, the others in multiples of it",
-        "(above 1: ours is faster), medians of samples taken in turns.",
-        "*copy* is `Tensor.copy_` of T·K rows into kept memory: what the machine can do.",
+        f"{machine()}.",
+        f"Shapes: {'; '.join(sizes)}.",
+        "",
+        "float32 logits, int32 ids. *ferromoe* is in microseconds, the other ways in multiples of",
+        f"it (above 1: ours is faster), medians of samples taken in turns. *{FASTEST}* takes the",
+        f"fastest of the other ways in that row; bold falls short of the target. *{COPY}* is",
+        "`Tensor.copy_` of T·K rows into kept memory: what the machine can do. *compiled* is",
+        "`torch.compile` of *eager*, made for the row's E, K and width and any T above 1.",
         "Made by `python bench/routing_table.py`.",
     ]
-    for title, note, _ in TABLES:
-        rows = [row for row in found if row["table"] == title]
-        names = list(rows[0]["seconds"])
-        lines += ["", f"## {title}", "", note, ""]
-        lines += [f"| | T | {' | '.join(names)} |", f"|---|---:|{'---:|' * len(names)}"]
-        for row in rows:
-            ours = row["seconds"]["ferromoe"]
-            cells = [f"{ours * 1e6:.1f}"]
-            cells += [f"{row['seconds'][name] / ours:.2f}" for name in names[1:]]
-            lines.append(f"| {row['what']} | {row['tokens']} | {' | '.join(cells)} |")
+    for table in tables:
+        rows = [row for row in found if row["table"] == table.title]
+        lines += ["", f"## {table.title}", "", table.note, "", *table_lines(rows)]
+    lines += ["", "## Below target", "", *short_lines(found)]
     return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    """Say what the numbers depend on."""
+    features = [name for name in ferromoe._core.cpu_features() if "512" in name or "avx2" in name]
+    return "; ".join(
+        [
+            f"{torch.get_num_threads()} threads for PyTorch and {ferromoe.get_num_threads()} for"
+            " ferromoe",
+            ", ".join(features),
+            f"torch {torch.__version__}, transformers {transformers.__version__}",
+        ]
+    )
 
 
 def main() -> None:
     """Measure, show the tables, and write them with the numbers beside them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=0.05, help="length of a sample")
+    parser.add_argument("--only", metavar="TITLE", help="tables whose title contains this")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    tables = [table for table in TABLES if (arguments.only or "") in table.title]
+    if not tables:
+        parser.error(f"--only: must be part of {', '.join(table.title for table in TABLES)}")
     torch.manual_seed(0)
-    found = measure(arguments.seconds)
-    features = ", ".join(
-        name for name in ferromoe._core.cpu_features() if "512" in name or "avx2" in name
-    )
-    machine = f"{torch.get_num_threads()} threads; {features}; torch {torch.__version__}"
-    text = page(found, machine)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "routing.md").write_text(text)
-    (arguments.output / "routing.json").write_text(json.dumps(found, indent=1) + "\n")
+    torch.set_num_threads(THREADS)
+    ferromoe.set_num_threads(THREADS)
+    found = measure(tables, arguments.seconds)
+    text = page(tables, found)
+    if not arguments.only:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "routing.md").write_text(text)
+        (arguments.output / "routing.json").write_text(json.dumps(found, indent=1) + "\n")
     Console().print(Markdown(text))
 
 
