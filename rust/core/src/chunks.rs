@@ -1,7 +1,8 @@
-//! Writing one slice from several threads: each chunk has one writer.
+//! Writing one slice from several threads: in chunks that have one writer each, or anywhere.
 #![allow(unsafe_code, reason = "hands disjoint parts of one slice to different threads")]
 
 use crate::threads;
+use std::sync::atomic::AtomicI32;
 
 /// Calls `f(i, chunk i)` for the consecutive chunks of `len` elements of `out`.
 ///
@@ -31,6 +32,14 @@ pub fn for_each_chunk<T: Send>(
             f(i, chunk);
         }
     });
+}
+
+/// The same integers for threads that scatter into them; a relaxed store costs what any other does.
+pub fn shared(out: &mut [i32]) -> &[AtomicI32] {
+    let out: *mut [i32] = out;
+    // SAFETY: an AtomicI32 has the size, alignment and values of an i32 (its documentation), and
+    // the exclusive borrow, which lasts as long as the result, rules out accesses by other means.
+    unsafe { &*(out as *const [AtomicI32]) }
 }
 
 struct SharedStart<T>(*mut T);

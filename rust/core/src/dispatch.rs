@@ -4,9 +4,10 @@
 //! every chunk its place in every expert's segment, and the chunks write in slot order. So the sort
 //! is stable and the same for any number of chunks.
 
-use crate::chunks::for_each_chunk;
+use crate::chunks::{for_each_chunk, shared};
 use crate::error::{Error, Result, check_shape};
 use crate::threads;
+use std::sync::atomic::Ordering::Relaxed;
 
 const OP: &str = "dispatch";
 
@@ -55,91 +56,70 @@ pub fn dispatch<I: Copy + Into<i64> + Sync>(
     }
     let chunks = threads::num_threads().min(slots / CHUNK).max(1);
     let chunk = slots.div_ceil(chunks).max(1);
-    let mut counts = vec![0; chunks * (num_experts + 1)];
-    for_each_chunk(&mut counts, num_experts + 1, 1, |index, counts| {
+    let bins = num_experts + 1;
+    let mut next = vec![0; chunks * bins];
+    for_each_chunk(&mut next, bins, 1, |index, counts| {
         let begin = (index * chunk).min(slots);
-        count(&ids[begin..(begin + chunk).min(slots)], num_experts, sentinel, counts);
+        count(&ids[begin..(begin + chunk).min(slots)], counts);
     });
-    if counts.iter().sum::<i32>() as usize != slots {
-        return Err(out_of_range(ids, num_experts, sentinel));
+    if next.chunks(bins).any(|counts| counts[num_experts] > 0) {
+        check_ids(ids, num_experts, sentinel)?;
     }
 
-    // Cut slot_of_row into the segment of each (expert, chunk), in that nesting order.
-    let mut segments: Vec<Vec<Segment<'_>>> = Vec::new();
-    segments.resize_with(chunks, || Vec::with_capacity(num_experts));
-    let (mut rest, mut row) = (slot_of_row, 0);
+    // From counts to the first row of each (expert, chunk), in that nesting order.
+    let mut row = 0;
     for expert in 0..num_experts {
         expert_offsets[expert] = row;
-        for (index, segments) in segments.iter_mut().enumerate() {
-            let len = counts[index * (num_experts + 1) + expert];
-            let (segment, others) = std::mem::take(&mut rest).split_at_mut(len as usize);
-            segments.push(Segment { row, slots: segment.iter_mut() });
-            (rest, row) = (others, row + len);
+        for counts in next.chunks_mut(bins) {
+            row += std::mem::replace(&mut counts[expert], row);
         }
     }
     expert_offsets[num_experts] = row;
-    rest.fill(-1);
+    slot_of_row[row as usize..].fill(-1);
 
-    let mut parts: Vec<_> = row_of_slot.chunks_mut(chunk).zip(segments).collect();
+    // Every (expert, chunk) has rows of its own, so each entry is stored once.
+    let slot_of_row = shared(slot_of_row);
+    let mut parts: Vec<_> = row_of_slot.chunks_mut(chunk).zip(next.chunks_mut(bins)).collect();
     for_each_chunk(&mut parts, 1, 1, |index, part| {
-        let [(row_of_slot, segments)] = part else { unreachable!("chunks of one") };
-        for (offset, out) in row_of_slot.iter_mut().enumerate() {
-            let slot = index * chunk + offset;
-            *out = match segments.get_mut(ids[slot].into() as usize) {
-                Some(segment) => segment.push(slot as i32),
-                None => -1,
+        let [(row_of_slot, next)] = part else { unreachable!("chunks of one") };
+        let begin = index * chunk;
+        let next = &mut next[..num_experts];
+        let ids = &ids[begin..][..row_of_slot.len()];
+        for (offset, (out, &id)) in row_of_slot.iter_mut().zip(ids).enumerate() {
+            let Some(next) = next.get_mut(id.into() as usize) else {
+                *out = -1;
+                continue;
             };
+            let row = *next;
+            *next += 1;
+            *out = row;
+            slot_of_row[row as usize].store((begin + offset) as i32, Relaxed);
         }
     });
     Ok(())
 }
 
-/// The rows that one chunk of slots has in one expert.
-struct Segment<'a> {
-    row: i32,
-    slots: std::slice::IterMut<'a, i32>,
-}
-
-impl Segment<'_> {
-    /// Gives the next row to `slot`.
-    #[inline(always)]
-    fn push(&mut self, slot: i32) -> i32 {
-        *self.slots.next().expect("a segment is as long as its slots were counted") = slot;
-        self.row += 1;
-        self.row - 1
-    }
-}
-
-/// Counts slots by expert, those without one at the end, and invalid ones nowhere.
-fn count<I: Copy + Into<i64>>(
-    ids: &[I],
-    num_experts: usize,
-    sentinel: Option<i64>,
-    counts: &mut [i32],
-) {
+/// Counts slots by expert, and those without one in the last bin.
+fn count<I: Copy + Into<i64>>(ids: &[I], counts: &mut [i32]) {
+    let last = counts.len() - 1;
     for &id in ids {
-        let id: i64 = id.into();
-        // Negative ids are beyond every count as unsigned numbers.
-        if (id as u64) < num_experts as u64 {
-            counts[id as usize] += 1;
-        } else if id == -1 || Some(id) == sentinel {
-            counts[num_experts] += 1;
-        }
+        // Negative ids are beyond every expert as unsigned numbers.
+        counts[(id.into() as usize).min(last)] += 1;
     }
 }
 
-/// The error that names the first slot with an invalid id.
-fn out_of_range<I: Copy + Into<i64>>(
+/// Fails at the first id that is neither an expert, nor −1, nor the sentinel.
+fn check_ids<I: Copy + Into<i64>>(
     ids: &[I],
     num_experts: usize,
     sentinel: Option<i64>,
-) -> Error {
+) -> Result<()> {
     let valid = |id: i64| (-1..num_experts as i64).contains(&id) || Some(id) == sentinel;
-    let slot = ids.iter().position(|&id| !valid(id.into())).unwrap_or(0);
+    let Some(slot) = ids.iter().position(|&id| !valid(id.into())) else { return Ok(()) };
     let or = sentinel.map_or(String::new(), |sentinel| format!(" or be {sentinel}"));
     let expected = format!("lie in -1..{}{or}", num_experts as i64 - 1);
     let got = format!("{} at slot {slot}", ids[slot].into());
-    Error::Value { op: OP, arg: "topk_ids", expected, got }
+    Err(Error::Value { op: OP, arg: "topk_ids", expected, got })
 }
 
 #[cfg(test)]
