@@ -28,6 +28,13 @@ _modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state
 _library = torch.library.Library("ferromoe", "DEF")
 
+# What kernels, DLPack and torch's own gathers know.
+KERNEL_DTYPES = {
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool),
+}
+
 if hasattr(_core, "use_torch_team"):
     _core.use_torch_team()
 

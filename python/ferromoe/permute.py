@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from . import _check, _core
-from ._op import Operator, specification
+from ._op import Operator, specification, torch_side
 from .dispatch import require_plan
 from .types import Dispatch
 
@@ -79,18 +79,15 @@ _unpermute_backward = Operator(
 )
 
 
-# The dtypes that kernels, DLPack and torch's own gathers know: by name, and by NumPy's letter.
-_KNOWN = {
-    *("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2"),
-    *("int8", "int16", "int32", "int64", "uint8", "bool"),
-}
+# The dtypes of NumPy that kernels, DLPack and torch's own gathers know, by their letters.
 _KNOWN_LETTERS = set("?bBhilqefd")
 
 
 def _is_known(x: Any) -> bool:
-    if hasattr(x, "new_empty"):
+    side = torch_side()
+    if side is not None and hasattr(x, "new_empty"):
         # What is more than its elements has no kernel, which says so.
-        return _check.name_of(x) in _KNOWN or x.is_sparse or x.is_quantized
+        return x.dtype in side.KERNEL_DTYPES or x.is_sparse or x.is_quantized
     dtype: Any = getattr(x, "dtype", None)
     if not hasattr(dtype, "char"):
         return True  # no array of NumPy's kind: the kernel says whether it takes it
