@@ -308,12 +308,15 @@ fn by_library(
     Ok(managed)
 }
 
+/// Dimensions of the largest result: the weights of all experts have three.
+const MAX_DIMS: usize = 4;
+
 /// An array in memory of ours, which lives until its new owner calls the deleter.
 #[repr(C)]
 struct Made {
     versioned: Versioned,
     /// Shape, then strides.
-    extents: Vec<i64>,
+    extents: [i64; 2 * MAX_DIMS],
     memory: ResultMemory,
 }
 
@@ -332,20 +335,18 @@ impl Made {
             let text = format!("{op}: out must fit in memory, got {shape:?}");
             return Err(PyMemoryError::new_err(text));
         };
-        let ndim = shape.len();
-        let mut extents = vec![1; 2 * ndim];
+        let (ndim, mut extents) = (shape.len(), [1; 2 * MAX_DIMS]);
         extents[..ndim].copy_from_slice(shape);
         for axis in (1..ndim).rev() {
-            extents[ndim + axis - 1] = extents[ndim + axis] * shape[axis];
+            extents[MAX_DIMS + axis - 1] = extents[MAX_DIMS + axis] * shape[axis];
         }
-        let (sizes, strides) = extents.split_at_mut(ndim);
         let dl_tensor = DlTensor {
             data: memory.start().cast(),
             device,
             ndim: ndim as i32,
             dtype,
-            shape: sizes.as_mut_ptr(),
-            strides: strides.as_mut_ptr(),
+            shape: ptr::null_mut(),
+            strides: ptr::null_mut(),
             byte_offset: 0,
         };
         let versioned = Versioned {
@@ -355,14 +356,19 @@ impl Made {
             flags: 0,
             dl_tensor,
         };
+        let mut made = Box::new(Self { versioned, extents, memory });
+        // Into the box, which moves no more.
+        let (shape, strides) = made.extents.split_at_mut(MAX_DIMS);
+        made.versioned.dl_tensor.shape = shape.as_mut_ptr();
+        made.versioned.dl_tensor.strides = strides.as_mut_ptr();
         // `versioned` is the first field, so that a pointer to one is a pointer to the other.
-        Ok(Box::into_raw(Box::new(Self { versioned, extents, memory })).cast())
+        Ok(Box::into_raw(made).cast())
     }
 
     unsafe extern "C" fn delete(managed: *mut Versioned) {
         // SAFETY: made by `leak`, and called once, by the array's last owner.
-        let Self { extents, memory, .. } = *unsafe { Box::from_raw(managed.cast::<Self>()) };
-        drop((extents, memory));
+        let Self { memory, .. } = *unsafe { Box::from_raw(managed.cast::<Self>()) };
+        drop(memory);
     }
 }
 
