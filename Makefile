@@ -1,10 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup build fmt lint types rust test test-slow bench bench-compare check wheel gpu-check
+.PHONY: help setup build fmt lint types rust test test-slow bench bench-compare bench-instructions check wheel gpu-check
 K ?=
 BASE ?= HEAD~1
 
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 17
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 21
 
 setup: ## Editable install with the developer tools
 	pip install -e ".[dev]"
@@ -41,9 +41,13 @@ test-slow: ## The same with a hundred times the random cases
 bench: ## Time the benchmarks and write the tables of bench/results; K=permute picks some
 	pytest bench --benchmark-enable --benchmark-columns=median,iqr,rounds $(if $(K),-k "$(K)")
 	$(if $(K),,python bench/routing_table.py)
+	$(if $(K),,python bench/experts_table.py)
 
 bench-compare: ## Benchmarks of BASE and of the working tree, interleaved; prints ratios
 	python bench/compare.py $(BASE) $(if $(K),-k "$(K)")
+
+bench-instructions: ## Instructions of small calls, counted by valgrind's callgrind
+	python bench/instructions.py
 
 check: lint types test ## What must pass before a change lands
 
