@@ -47,6 +47,18 @@ def run(module: Any, implementation: str, x: Tensor, ids: Tensor, weights: Tenso
     return result
 
 
+def run_exact(module: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Run the experts in float64, one expert of one token at a time to save memory."""
+    first = module.gate_up_proj if module.has_gate else module.up_proj
+    exact = torch.zeros(len(x), x.shape[1], dtype=torch.float64)
+    for token, slot in torch.cartesian_prod(torch.arange(len(x)), torch.arange(ids.shape[1])):
+        expert = ids[token, slot]
+        hidden = first[expert].double() @ x[token].double()
+        hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+        exact[token] += weights[token, slot] * (module.down_proj[expert].double() @ hidden)
+    return exact
+
+
 def draw_batch(
     shape: Shape, tokens: int, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .layer import draw_batch, experts_hit, experts_module, run
+from .layer import draw_batch, experts_hit, experts_module, run, run_exact
 from .limits import Limits
 from .limits import measure as measure_limits
 from .shapes import Shape
@@ -75,14 +75,8 @@ def _calls(module: Any, way: str, batches: list[Batch]) -> Callable[[int], Any]:
 
 
 def _errors(module: Any, batch: Batch) -> dict[str, float]:
-    """Compare the first tokens' results with float64, one expert at a time to save memory."""
+    """Compare the first tokens' results with float64."""
     x, ids, weights = (part[:4] for part in batch)
-    first = module.gate_up_proj if module.has_gate else module.up_proj
-    exact = torch.zeros(len(x), x.shape[1], dtype=torch.float64)
-    for token, slot in torch.cartesian_prod(torch.arange(len(x)), torch.arange(ids.shape[1])):
-        expert = ids[token, slot]
-        hidden = first[expert].double() @ x[token].double()
-        hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-        exact[token] += weights[token, slot] * (module.down_proj[expert].double() @ hidden)
+    exact = run_exact(module, x, ids, weights)
     results = {way: run(module, way, x, ids, weights).double() for way in IMPLEMENTATIONS}
     return {way: float((out - exact).norm() / exact.norm()) for way, out in results.items()}
