@@ -43,6 +43,13 @@ MORE: list[Callable[[], Any]] = [
         ).topk_weights
     ),
     lambda: ferromoe.route(leaf(2, 3, 4), top_k=2, stats="sequence").prob_sums,
+    lambda: ferromoe.experts(
+        leaf(3, 4),
+        ferromoe.ExpertWeights(leaf(3, 4, 4), leaf(3, 4, 2)),
+        IDS,
+        leaf(3, 2),
+        stats=True,
+    )[0],
 ]
 
 

@@ -12,7 +12,7 @@ from .permute import permute, permute_slots, unpermute
 from .routing import route
 from .segments import pad_rows, sort_chunks, unpad_rows
 from .topp import experts_per_token, route_topp
-from .types import Activation, Dispatch, ExpertWeights, Routing
+from .types import Activation, Dispatch, ExpertStats, ExpertWeights, Routing
 
 if TYPE_CHECKING:
     from . import nn
@@ -56,6 +56,7 @@ _LATER = {
 __all__ = [
     "Activation",
     "Dispatch",
+    "ExpertStats",
     "ExpertWeights",
     "Routing",
     "RoutingRecord",

@@ -43,6 +43,24 @@ def experts(
     weight_on_input: bool,
     out: Any = None,
 ) -> Any: ...
+def experts_stats(
+    x: Any,
+    gate_up: list[Any],
+    up: list[Any],
+    down: list[Any],
+    topk_ids: Any,
+    topk_weights: Any,
+    gate_up_bias: list[Any],
+    up_bias: list[Any],
+    down_bias: list[Any],
+    packing: str,
+    transposed: bool,
+    activation: str,
+    limit: float,
+    alpha: float,
+    sentinel: int,
+    weight_on_input: bool,
+) -> tuple[Any, Any, Any, Any, Any]: ...
 def experts_backward(
     grad: Any,
     x: Any,

@@ -10,8 +10,8 @@ from . import _check, _core
 from ._op import Operator, specification
 from .dispatch import dispatch
 from .grouped import columns, grouped_matmul
-from .permute import permute, unpermute
-from .types import ExpertWeights, as_list
+from .permute import permute, permute_slots, unpermute
+from .types import Dispatch, ExpertStats, ExpertWeights, as_list
 
 _ARGUMENTS = (
     "Tensor x, Tensor[] gate_up, Tensor[] up, Tensor[] down, Tensor topk_ids, Tensor topk_weights,"
@@ -20,7 +20,9 @@ _ARGUMENTS = (
 )
 
 
-def _experts_gradients(saved: Sequence[Any], needs: Sequence[bool], grad: Any) -> Sequence[Any]:
+def _experts_gradients(
+    saved: Sequence[Any], needs: Sequence[bool], grad: Any, *_: Any
+) -> Sequence[Any]:
     x, gate_up, up, down, ids, weights, *biases_and_options = saved
     wanted = [needs[0], any(needs[1:4]), any(needs[6:9]), needs[5]]
     result = _experts_backward(
@@ -39,15 +41,42 @@ def _experts_gradients(saved: Sequence[Any], needs: Sequence[bool], grad: Any) -
     )
 
 
+def _fake_experts(x: Any, *call: Any) -> Any:
+    down, transposed = call[2], call[9]
+    return x.new_empty(x.shape[0], columns(down, transposed))
+
+
 _experts = Operator(
     "experts",
     schema=f"({_ARGUMENTS}) -> Tensor",
     kernel=_core.experts,
     reference=specification("experts", "experts"),
     check=_check.experts,
-    fake=lambda x, gate_up, up, down, ids, w, gb, ub, db, packing, transposed, *_: x.new_empty(
-        x.shape[0], columns(down, transposed)
-    ),
+    fake=_fake_experts,
+    save=lambda args, _: args,
+    backward=_experts_gradients,
+)
+
+
+def _fake_experts_stats(x: Any, gate_up: Any, *call: Any) -> Any:
+    import torch
+
+    each = [len(gate_up) if gate_up[0].ndim == 2 else gate_up[0].shape[0]]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (
+        _fake_experts(x, gate_up, *call),
+        x.new_empty(each, dtype=torch.int32),
+        *(x.new_empty(each, dtype=wide) for _ in range(3)),
+    )
+
+
+_experts_stats = Operator(
+    "experts_stats",
+    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_core.experts_stats,
+    reference=specification("experts", "experts_stats"),
+    check=_check.experts,
+    fake=_fake_experts_stats,
     save=lambda args, _: args,
     backward=_experts_gradients,
 )
@@ -95,6 +124,7 @@ def experts(
     weight_on_input: bool = False,
     sentinel: int | None = None,
     row_norm: Callable[[Any], Any] | None = None,
+    stats: bool = False,
 ) -> Any:
     """Run each token through its experts and sum their outputs, weighted.
 
@@ -117,11 +147,14 @@ def experts(
         Another id that means *no expert* (transformers writes E).
     row_norm : callable, optional
         Applied to the experts' output rows, [T * K, H], before they are weighted.
+    stats : bool
+        Whether to say what every expert gave, as calibration asks; gathered on the way, without
+        storing any expert's rows.
 
     Returns
     -------
     Tensor [T, H]
-        Accumulated in float32, rounded once.
+        Accumulated in float32, rounded once. With `stats` a pair of this and `ExpertStats`.
 
     Raises
     ------
@@ -140,6 +173,14 @@ def experts(
     >>> ids, share = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.25]])
     >>> ferromoe.experts(torch.tensor([[3.0]]), weights, ids, share)
     tensor([[16.5000]])
+
+    Expert 1 gave 60 here, which counted a quarter:
+
+    >>> _, found = ferromoe.experts(torch.tensor([[3.0]]), weights, ids, share, stats=True)
+    >>> found.max_abs
+    tensor([ 3., 60.])
+    >>> found.weighted_norms / found.counts
+    tensor([ 1.5000, 15.0000])
     """
     require_weights("experts", weights)
     _check.array("experts", "x", x)
@@ -149,8 +190,10 @@ def experts(
     if x.dtype != dtype:
         names = str(x.dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")
         if names in (("float32", "bfloat16"), ("float32", "float16")):
-            call = partial(experts, weight_on_input=weight_on_input, sentinel=sentinel)
+            call = partial(experts, weight_on_input=weight_on_input, sentinel=sentinel, stats=stats)
             narrow = call(_cast(x, dtype), weights, topk_ids, topk_weights, row_norm=row_norm)
+            if stats:
+                return _cast(narrow[0], x.dtype), narrow[1]
             return _cast(narrow, x.dtype)
         raise TypeError(
             f"experts: x must have the dtype of the weights ({dtype}), or be float32 over narrower "
@@ -162,10 +205,14 @@ def experts(
             "weights"
         )
     if weights.activation.function is not None or row_norm is not None:
-        return _by_parts(x, weights, topk_ids, topk_weights, weight_on_input, sentinel, row_norm)
+        options = weight_on_input, sentinel, row_norm, stats
+        return _by_parts(x, weights, topk_ids, topk_weights, *options)
     gate_up, up, down, *biases = weights.operands()
     last = (*weights.options(), -1 if sentinel is None else sentinel, weight_on_input)
-    return _experts(x, gate_up, up, down, topk_ids, topk_weights, *biases, *last)
+    if not stats:
+        return _experts(x, gate_up, up, down, topk_ids, topk_weights, *biases, *last)
+    out, *found = _experts_stats(x, gate_up, up, down, topk_ids, topk_weights, *biases, *last)
+    return out, ExpertStats(*(each.detach() if is_torch(each) else each for each in found))
 
 
 def require_weights(op: str, weights: Any) -> None:
@@ -182,6 +229,7 @@ def _by_parts(
     weight_on_input: bool,
     sentinel: int | None,
     row_norm: Callable[[Any], Any] | None,
+    stats: bool,
 ) -> Any:
     """Two grouped matmuls with Python between them, on the sorted rows."""
     widths = {matrix.shape[0 if weights.transposed else 1] for matrix in as_list(weights.down)}
@@ -206,7 +254,27 @@ def _by_parts(
         up = grouped_matmul(rows, w.up, plan.expert_offsets, bias=w.up_bias, **first)
     hidden = _activated(hidden, up, w)
     rows = grouped_matmul(hidden, w.down, plan.expert_offsets, bias=w.down_bias, **first)
-    return unpermute(rows if row_norm is None else row_norm(rows), plan, topk_weights)
+    if row_norm is not None:
+        rows = row_norm(rows)
+    out = unpermute(rows, plan, topk_weights)
+    return (out, _stats_of_rows(rows, plan, topk_weights)) if stats else out
+
+
+def _stats_of_rows(rows: Any, plan: Dispatch, topk_weights: Any) -> ExpertStats:
+    import torch
+
+    from .reference.experts import stats_of_rows
+
+    if not is_torch(rows):
+        arrays = torch.from_numpy(rows), Dispatch(*map(torch.from_numpy, plan))
+        weights = None if topk_weights is None else torch.from_numpy(topk_weights)
+        return ExpertStats(*(each.numpy() for each in _stats_of_rows(*arrays, weights)))
+    numbers = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+    # Rows after the last expert's get the number after the last expert's, which does not count.
+    expert_of_row = torch.searchsorted(plan.expert_offsets[1:], numbers, right=True)
+    row_weights = None if topk_weights is None else permute_slots(topk_weights.detach(), plan)
+    num_experts = len(plan.expert_offsets) - 1
+    return ExpertStats(*stats_of_rows(rows, expert_of_row, row_weights, num_experts))
 
 
 def _activated(hidden: Any, up: Any, weights: ExpertWeights) -> Any:

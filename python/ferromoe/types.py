@@ -1,4 +1,4 @@
-"""The four nouns that carry meaning between functions: routing, plan, weights, activation."""
+"""What carries meaning between functions: routing, plan, weights, activation, statistics."""
 
 from __future__ import annotations
 
@@ -48,6 +48,25 @@ class Dispatch(NamedTuple):
     def top_k(self) -> int:
         """K."""
         return int(self.row_of_slot.shape[1])
+
+
+class ExpertStats(NamedTuple):
+    """What every expert gave; made by `experts` with ``stats=True``.
+
+    Of the rows that an expert's second matmul gave (after `row_norm`, where there is one), before
+    their weights. An expert without rows has zeros everywhere. None of them has a gradient.
+    """
+
+    counts: Any
+    """int32 [E], rows of each expert."""
+    max_abs: Any
+    """float32 [E] (float64 for float64 tokens, like the next two), largest absolute value; NaN
+    where a value was."""
+    sum_squares: Any
+    """Sum of the squares of all values."""
+    weighted_norms: Any
+    """Sum over the rows of the row's weight times its Euclidean norm; divided by `counts` this is
+    the saliency of REAP. The weight is 1 where it multiplied the expert's input instead."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import inf
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +65,12 @@ def experts(
     alpha: float,
     sentinel: int,
     weight_on_input: bool,
+    noted: list[tuple[int, Tensor, Tensor]] | None = None,
 ) -> Tensor:
-    """`Σ_k topk_weights[t, k] · expert(topk_ids[t, k])(x[t])`, slots of -1 left out."""
+    """`Σ_k topk_weights[t, k] · expert(topk_ids[t, k])(x[t])`, slots of -1 left out.
+
+    `noted` takes each expert, what its rows are multiplied by, and the rows.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     first_down = of_expert(down, 0, 2)
     assert first_down is not None
@@ -103,8 +108,46 @@ def experts(
         matrix, bias = of_expert(down, expert, 2), of_expert(down_bias, expert, 1)
         assert matrix is not None
         rows = linear(hidden, matrix, bias, transposed).to(wide)
-        out = out.index_add(0, token, rows if weight_on_input else rows * weight.to(wide))
+        weight = torch.ones_like(weight) if weight_on_input else weight.to(wide)
+        if noted is not None:
+            noted.append((expert, weight[:, 0], rows))
+        out = out.index_add(0, token, rows * weight)
     return out.to(x.dtype)
+
+
+def experts_stats(x: Tensor, gate_up: Sequence[Tensor], *call: Any) -> tuple[Tensor, ...]:
+    """`experts`, and `stats_of_rows` of what every expert gave."""
+    noted: list[tuple[int, Tensor, Tensor]] = []
+    out = experts(x, gate_up, *call, noted=noted)  # type: ignore[misc]
+    ids = [x.new_zeros(0, dtype=torch.int64)]
+    weights, rows = [x.new_zeros(0)], [x.new_zeros(0, out.shape[1])]
+    for expert, weight, outputs in noted:
+        ids.append(ids[0].new_full(weight.shape, expert))
+        weights.append(weight)
+        rows.append(outputs)
+    return out, *stats_of_rows(torch.cat(rows), torch.cat(ids), torch.cat(weights), count(gate_up))
+
+
+def stats_of_rows(
+    rows: Tensor, expert_of_row: Tensor, weights: Tensor | None, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of each expert, their largest absolute value, `Σ row²`, and `Σ weight · ‖row‖₂`.
+
+    Rows of expert `num_experts` do not count.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    rows = rows.detach().to(wide)
+    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+
+    def summed(values: Tensor) -> Tensor:
+        sums = values.new_zeros(num_experts + 1).index_add(0, expert_of_row, values)
+        return sums[:num_experts]
+
+    counts = summed(torch.ones_like(expert_of_row, dtype=torch.int32))
+    none = rows.new_zeros(num_experts + 1)
+    peaks = none.scatter_reduce(0, expert_of_row, rows.abs().amax(-1), "amax")[:num_experts]
+    weighted = norms if weights is None else norms * weights.detach()
+    return counts, peaks, summed(norms.square()).to(wide), summed(weighted).to(wide)
 
 
 def grouped_matmul(

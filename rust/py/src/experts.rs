@@ -8,11 +8,12 @@ use crate::with_float;
 use ferromoe_core::dtype::Accumulator;
 use ferromoe_core::error::check_shape;
 use ferromoe_core::experts::{
-    self as core, Activation, Call, Experts, Function, Gradients, Ids, Packing, Tensors, Tiled,
-    TopkWeights, tile,
+    self as core, Activation, Call, Experts, Function, Gradients, Ids, Packing, Statistics,
+    Tensors, Tiled, TopkWeights, tile,
 };
 use ferromoe_core::{Dtype, Element, Error};
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 /// A list of tensors that stands for one tensor per expert.
 struct Table<'py> {
@@ -265,8 +266,58 @@ pub fn experts<'py>(
         let mut out =
             Output::out_or_empty(out, &layer.x, &shape, layer.x.dtype(), &layer.inputs())?;
         let values = out.slice_mut::<T>()?;
-        run(py, || core::forward(&call, &experts, values))?;
+        run(py, || core::forward(&call, &experts, values, None))?;
         Ok(out.into_array())
+    })
+}
+
+/// `experts`, and what every expert gave: counts, largest values, sums of squares, weighted norms.
+#[pyfunction]
+pub fn experts_stats<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    gate_up: Vec<Bound<'py, PyAny>>,
+    up: Vec<Bound<'py, PyAny>>,
+    down: Vec<Bound<'py, PyAny>>,
+    topk_ids: &Bound<'py, PyAny>,
+    topk_weights: &Bound<'py, PyAny>,
+    gate_up_bias: Vec<Bound<'py, PyAny>>,
+    up_bias: Vec<Bound<'py, PyAny>>,
+    down_bias: Vec<Bound<'py, PyAny>>,
+    packing: &str,
+    transposed: bool,
+    activation: &str,
+    limit: f64,
+    alpha: f64,
+    sentinel: i64,
+    weight_on_input: bool,
+) -> PyResult<Bound<'py, PyTuple>> {
+    const OP: &str = "experts";
+    let lists = [gate_up, up, down, gate_up_bias, up_bias, down_bias];
+    let options = (packing, transposed, activation, limit, alpha, sentinel, weight_on_input);
+    let layer = Layer::new(OP, x, lists, topk_ids, topk_weights, options)?;
+    if layer.x.device() != Device::Cpu {
+        return Err(no_kernel(OP));
+    }
+    with_float!(layer.x, T, {
+        let (call, experts) = (layer.call::<T>()?, layer.experts::<T>()?);
+        let empty = |shape: &[usize], dtype| Output::empty(&layer.x, shape, dtype);
+        let (count, wide) = (experts.count(), <T as Element>::Acc::DTYPE);
+        let mut out = empty(&[call.tokens, experts.hidden_out], layer.x.dtype())?;
+        let mut counts = empty(&[count], Dtype::I32)?;
+        let mut max_abs = empty(&[count], wide)?;
+        let mut sum_squares = empty(&[count], wide)?;
+        let mut weighted_norms = empty(&[count], wide)?;
+        let values = out.slice_mut::<T>()?;
+        let stats = Statistics {
+            counts: counts.slice_mut()?,
+            max_abs: max_abs.slice_mut()?,
+            sum_squares: sum_squares.slice_mut()?,
+            weighted_norms: weighted_norms.slice_mut()?,
+        };
+        run(py, || core::forward(&call, &experts, values, Some(stats)))?;
+        let arrays = [out, counts, max_abs, sum_squares, weighted_norms].map(Output::into_array);
+        PyTuple::new(py, arrays)
     })
 }
 

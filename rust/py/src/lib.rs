@@ -31,7 +31,8 @@ mod _core {
     use super::dispatch::{dispatch, pad_plan, padded_offsets};
     #[pymodule_export]
     use super::experts::{
-        experts, experts_backward, grouped_matmul, grouped_matmul_wgrad, grouped_sum, tile_name,
+        experts, experts_backward, experts_stats, grouped_matmul, grouped_matmul_wgrad,
+        grouped_sum, tile_name,
     };
     #[pymodule_export]
     use super::machine::{build_profile, cpu_features, measure_limits};

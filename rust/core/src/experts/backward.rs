@@ -8,7 +8,9 @@
 use super::product::{outer, product};
 use super::tile::{Choice, Operand, Tile, Tiled};
 use super::weights::{Part, Projection};
-use super::{Call, Experts, Inputs, Plan, Rows, columns_per_task, grain, summed, units};
+use super::{
+    Call, Experts, Inputs, Plan, Rows, columns_per_task, grain, output_weight, summed, units,
+};
 use crate::arena::{self, Scratch};
 use crate::dtype::Accumulator;
 use crate::error::{Result, check_shape};
@@ -101,11 +103,6 @@ fn run<T: Tiled, A: Operand<T>>(
 
 fn one<T: Element>() -> T::Acc {
     T::Acc::from_f64(1.0)
-}
-
-/// What the result of a row is multiplied by.
-fn output_weight<T: Element>(call: &Call<'_, T>, plan: &Plan<T::Acc>, row: usize) -> T::Acc {
-    if call.weight_on_input { one::<T>() } else { plan.weight_of_row[row] }
 }
 
 /// A workspace `[rows, width]`.

@@ -1,10 +1,10 @@
 //! The layer's value.
 
 use super::product::product;
+use super::stats::{Notes, Statistics};
 use super::tile::{Choice, Operand, Tile, Tiled};
-use super::{Call, Experts, Inputs, Plan, columns_per_task, grain, summed, units};
+use super::{Call, Experts, Inputs, Plan, columns_per_task, grain, output_weight, summed, units};
 use crate::arena::{self, Scratch};
-use crate::dtype::Accumulator;
 use crate::error::{Result, check_shape};
 use crate::grid::{Grid, cuts};
 use crate::{isa, threads};
@@ -17,18 +17,22 @@ const TASK_BYTES: usize = 512 << 10;
 
 /// `out[t] = Σ w[t, k] · expert_k(x[t])` over the slots with an expert, experts ascending.
 ///
-/// `out` is `[T, H_out]` and is overwritten.
+/// `out` is `[T, H_out]` and is overwritten; it has the same bits with and without `stats`.
 pub fn forward<T: Tiled>(
     call: &Call<'_, T>,
     experts: &Experts<'_, T>,
     out: &mut [T],
+    stats: Option<Statistics<'_, T::Acc>>,
 ) -> Result<()> {
     const OP: &str = "experts";
     let plan = Plan::new(OP, call, experts)?;
     check_shape(OP, "out", &[out.len()], &[call.tokens * experts.hidden_out])?;
+    if let Some(stats) = &stats {
+        stats.check(OP, experts.count())?;
+    }
     match T::tiles(isa::chosen()?) {
-        Choice::Same(tile) => run(tile, call, experts, &plan, out),
-        Choice::Wide(tile, _) => run(tile, call, experts, &plan, out),
+        Choice::Same(tile) => run(tile, call, experts, &plan, out, stats),
+        Choice::Wide(tile, _) => run(tile, call, experts, &plan, out, stats),
     }
     Ok(())
 }
@@ -39,9 +43,18 @@ fn run<T: Tiled, A: Operand<T>>(
     experts: &Experts<'_, T>,
     plan: &Plan<T::Acc>,
     out: &mut [T],
+    stats: Option<Statistics<'_, T::Acc>>,
 ) {
     let middle = first_stage(tile, call, experts, plan);
-    summed(out, experts.hidden_out, |sums| second_stage(tile, call, experts, plan, &middle, sums));
+    let width = experts.hidden_out;
+    let mut notes =
+        stats.is_some().then(|| Notes::new(plan.rows(), experts.count(), width, tile.cols));
+    summed(out, width, |sums| {
+        second_stage(tile, call, experts, plan, &middle, sums, notes.as_mut());
+    });
+    if let (Some(notes), Some(mut stats)) = (notes, stats) {
+        notes.sum(&plan.offsets, |row| output_weight(call, plan, row), &mut stats);
+    }
 }
 
 /// `act(gate, up)` of every plan row, `[R, I]` with the widest expert's I.
@@ -97,14 +110,19 @@ fn second_stage<T: Tiled, A: Operand<T>>(
     plan: &Plan<T::Acc>,
     middle: &[A],
     sums: &mut [T::Acc],
+    notes: Option<&mut Notes<T::Acc>>,
 ) {
     let (width, middle_width) = (experts.hidden_out, experts.max_features());
     let col_cuts = cuts(width, columns_per_task(width, tile.cols, experts.along_n()));
     let row_cuts = [0, call.tokens];
     let grid = Grid::new(sums, width, &row_cuts, &col_cuts);
+    let block_cuts = notes.as_ref().map_or(Vec::new(), |notes| notes.cuts(&col_cuts));
+    let whole = [[0, plan.rows()], [0, experts.count()]];
+    let pages = notes.map(|notes| notes.pages(&block_cuts, &whole));
     let work = plan.rows() * middle_width * width.div_ceil(grid.cells().max(1));
     threads::for_each(grid.cells(), grain(work), |index| {
         let mut cell = grid.cell(index);
+        let mut page = pages.as_ref().map(|pages| pages.page(index));
         for token in 0..call.tokens {
             cell.row(token).fill(T::Acc::default());
         }
@@ -118,11 +136,10 @@ fn second_stage<T: Tiled, A: Operand<T>>(
             let output = experts.output(e);
             product(tile, &middles, &output, columns.clone(), |row, run, values, _| {
                 let row = rows.start + row;
-                let weight = if call.weight_on_input {
-                    T::Acc::from_f64(1.0)
-                } else {
-                    plan.weight_of_row[row]
-                };
+                if let Some(page) = &mut page {
+                    page.note(e, row, run.start, values);
+                }
+                let weight = output_weight(call, plan, row);
                 let token = cell.row(plan.token_of_row[row]);
                 let run = run.start - columns.start..run.end - columns.start;
                 for (sum, value) in token[run].iter_mut().zip(values) {

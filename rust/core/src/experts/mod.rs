@@ -12,6 +12,7 @@ mod backward;
 mod forward;
 mod grouped;
 mod product;
+mod stats;
 #[cfg(test)]
 mod tests;
 pub mod tile;
@@ -22,6 +23,7 @@ pub use activation::{Activation, Function};
 pub use backward::{Gradients, backward};
 pub use forward::forward;
 pub use grouped::{grouped_matmul, grouped_sum, grouped_wgrad};
+pub use stats::Statistics;
 pub use tile::Tiled;
 pub use weights::{Experts, Packing, Tensors};
 
@@ -148,6 +150,11 @@ impl<Acc: Accumulator> Plan<Acc> {
     fn rows_of(&self, e: usize) -> Range<usize> {
         self.offsets[e]..self.offsets[e + 1]
     }
+}
+
+/// What the result of a row is multiplied by.
+fn output_weight<T: Element>(call: &Call<'_, T>, plan: &Plan<T::Acc>, row: usize) -> T::Acc {
+    if call.weight_on_input { T::Acc::from_f64(1.0) } else { plan.weight_of_row[row] }
 }
 
 /// Consecutive rows of one expert, at most a fixed number of them.

@@ -77,8 +77,23 @@ impl Layer {
 
     fn forward(&self) -> Vec<f32> {
         let mut out = vec![f32::NAN; TOKENS * HIDDEN];
-        forward(&self.call(), &self.experts(), &mut out).unwrap();
+        forward(&self.call(), &self.experts(), &mut out, None).unwrap();
         out
+    }
+}
+
+/// Output, counts, largest values, sums of squares, weighted norms.
+type WithStats = (Vec<f32>, Vec<i32>, [Vec<f32>; 3]);
+
+impl Layer {
+    fn forward_with_stats(&self) -> WithStats {
+        let mut out = vec![f32::NAN; TOKENS * HIDDEN];
+        let mut counts = vec![-1; EXPERTS];
+        let mut sums = [(); 3].map(|()| vec![f32::NAN; EXPERTS]);
+        let [max_abs, sum_squares, weighted_norms] = &mut sums;
+        let stats = Statistics { counts: &mut counts, max_abs, sum_squares, weighted_norms };
+        forward(&self.call(), &self.experts(), &mut out, Some(stats)).unwrap();
+        (out, counts, sums)
     }
 }
 
@@ -106,6 +121,24 @@ fn one_thread_and_many_give_the_same_bits() {
     assert_eq!(bits(&many), bits(&one));
     // Workspaces hold what the first call left; nothing may depend on it.
     assert_eq!(bits(&many), bits(&layer.forward()));
+}
+
+#[test]
+fn statistics_have_the_same_bits_too_and_leave_the_output_alone() {
+    let layer = Layer::new();
+    let (out, counts, sums) = layer.forward_with_stats();
+    let (one_out, one_counts, one_sums) = alone(|| layer.forward_with_stats());
+    assert_eq!(bits(&out), bits(&layer.forward()));
+    assert_eq!(bits(&out), bits(&one_out));
+    assert_eq!(counts, one_counts);
+    for (e, count) in (0..).zip(counts) {
+        assert_eq!(count as usize, layer.ids.iter().filter(|id| **id == e).count());
+    }
+    for (sums, one) in sums.iter().zip(&one_sums) {
+        assert_eq!(bits(sums), bits(one));
+        assert_eq!(sums[3], 0.0);
+        assert!(sums.iter().all(|sum| sum.is_finite()));
+    }
 }
 
 #[test]
@@ -161,7 +194,7 @@ fn an_id_that_is_no_expert_is_told_with_its_slot() {
     let mut layer = Layer::new();
     layer.ids[7] = 5;
     let mut out = vec![0.0; TOKENS * HIDDEN];
-    let error = forward(&layer.call(), &layer.experts(), &mut out).unwrap_err();
+    let error = forward(&layer.call(), &layer.experts(), &mut out, None).unwrap_err();
     assert_eq!(error.to_string(), "experts: topk_ids must lie in -1..4, got 5 at slot 7");
 }
 
