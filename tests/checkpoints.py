@@ -22,7 +22,7 @@ TINY = [
     pytest.mark.filterwarnings("ignore:plan. fewer than 32 tokens:UserWarning"),
     pytest.mark.filterwarnings("ignore:plan. the weights of this model's router:UserWarning"),
 ]
-TEXT = bytes(range(256)) * 3
+TEXT = "".join(map(chr, range(2, 449))).encode()  # 768 bytes of as many values as UTF-8 has
 COMMON = {
     "vocab_size": 64,
     "hidden_size": 32,

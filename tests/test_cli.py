@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import write
+from checkpoints import TEXT, write
 from ferromoe import __version__
 from ferromoe.compress import make_plan
 
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_from_a_checkpoint_to_a_smaller_one(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_bytes(bytes(range(256)))
+    text.write_bytes(TEXT[:256])
     shown = ferromoe("inspect", model)
     assert shown.returncode == 0, shown.stderr
     assert "mixtral" in shown.stdout
@@ -67,7 +67,7 @@ def test_a_warning_is_one_line(tmp_path: Path) -> None:
 
 def test_ctrl_c_exits_with_130(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_bytes(bytes(range(256)) * 4000)
+    text.write_bytes(TEXT * 1400)
     command = [sys.executable, "-m", "ferromoe", "eval", str(model), "--text", str(text)]
     command += ["--progress", "json"]
     child = subprocess.Popen(

@@ -71,7 +71,7 @@ def texts(tmp_path: Path) -> Path:
     folder = tmp_path / "texts"
     (folder / "not read").mkdir(parents=True)
     for name, size in (("a", 600), ("b", 0), ("c", 30), ("d", 128), ("e", 65)):
-        (folder / name).write_bytes(bytes((7 * i + size) % 251 for i in range(size)))
+        (folder / name).write_bytes(bytes(1 + (7 * i + size) % 127 for i in range(size)))
     return folder
 
 
@@ -119,6 +119,13 @@ def test_texts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     refused(ValueError, f"hold at least one byte, got {folder} without any")
     (folder / "b.txt").write_bytes(b"caf\xe9")
     refused(ValueError, rf"be UTF-8, got byte 0xe9 at position 3 of {folder}/b\.txt")
+    (folder / "b.txt").write_bytes(b"text\0\1")
+    refused(ValueError, rf"be UTF-8 without binary files, got a NUL byte at position 4 of {folder}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    refused(ValueError, f"be UTF-8 without binary files, .*{folder}/b.txt; take it out of the text")
+    (folder / "b.txt").write_bytes(b"caf\xe9")
+    refused(ValueError, f"be UTF-8, .* of {folder}/b.txt; .* or convert it to UTF-8")
     (folder / "a.txt").unlink()
     (folder / "b.txt").unlink()
     folder.rmdir()

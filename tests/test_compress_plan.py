@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints import TINY, edit, write
+from checkpoints import TINY, edit, fuse, write
 from ferromoe import compress
 from ferromoe.compress import Plan
-from ferromoe.families import SAMPLE, open_checkpoint
+from ferromoe.families import SAMPLE, families, open_checkpoint
 
 pytestmark = TINY
 
@@ -37,6 +38,35 @@ def test_a_plan_for_another_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got one made for another"):
         compress.apply(other, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
+@pytest.mark.parametrize("wrong", [4, 16])
+def test_both_numbers_of_experts_are_said_where_they_differ(
+    wrong: int, fused: bool, tmp_path: Path
+) -> None:
+    source = write("qwen3_moe", tmp_path / "source")
+    if fused:
+        fuse(source)
+    config = json.loads((source / "config.json").read_text())
+    key = next(key for key in families()["qwen3_moe"]["count_keys"] if key in config)
+    (source / "config.json").write_text(json.dumps(config | {key: wrong}))
+    message = rf"config.json .* as its tensors, 8 by the rows of .*gate.weight, got {wrong}$"
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(source)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
+def test_a_lost_expert_is_told_by_its_name_in_the_layout_of_the_others(
+    fused: bool, tmp_path: Path
+) -> None:
+    source = write("qwen3_moe", tmp_path / "source")
+    if fused:
+        fuse(source)
+    lost = "mlp.experts.down_proj" if fused else "mlp.experts.2.down_proj.weight"
+    edit(source, lambda found: found.pop(f"model.layers.1.{lost}"))
+    with pytest.raises(ValueError, match=rf"hold every expert, got no model\.layers\.1\.{lost}$"):
+        open_checkpoint(source)
 
 
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:

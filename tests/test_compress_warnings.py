@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints import write
+from checkpoints import TEXT, write
 from ferromoe import compress
 from ferromoe.compress.stats import LayerStatistics, Statistics
-
-BYTES = bytes(range(256))
 
 
 def layer(*counts: int) -> LayerStatistics:
@@ -31,18 +29,18 @@ def test_experts_that_few_calibration_tokens_chose_are_counted() -> None:
 def test_a_short_calibration_text_is_warned_of_and_a_long_one_is_not(tmp_path: Path) -> None:
     source, text = write("mixtral", tmp_path / "source"), tmp_path / "text.txt"
     options: dict[str, Any] = {"method": "m-smoe", "experts": 4, "calibrate": text}
-    text.write_bytes(BYTES[:31])
+    text.write_bytes(TEXT[:31])
     with pytest.warns(UserWarning, match="12 of 12 experts, in 2 of 2 .*with more text") as warned:
         compress.make_plan(source, **options)
     assert [each.filename for each in warned] == [__file__]
-    text.write_bytes(BYTES * 3)
+    text.write_bytes(TEXT)
     compress.make_plan(source, **options)
 
 
 @pytest.mark.parametrize("method", ["stun", "m-smoe"])
 def test_weights_that_grow_where_experts_go_are_warned_of(method: str, tmp_path: Path) -> None:
     source, text = write("olmoe", tmp_path / "source"), tmp_path / "text.txt"
-    text.write_bytes(BYTES * 3)
+    text.write_bytes(TEXT)
     options: dict[str, Any] = {"method": method}
     if method == "m-smoe":
         options["calibrate"] = text

@@ -272,33 +272,41 @@ def _layers(
     def named(pattern: str, number: int) -> str:
         return pattern.replace("{l}", str(number))
 
-    for layout in record["layouts"]:
-        parts = {part: layout[part] for part in PARTS if part in layout}
-        names = [
+    routers = {number: named(record["router"], number) for number in numbers}
+    for name in routers.values():
+        if (rows := tensors[name].shape[0]) != num_experts:
+            raise ValueError(
+                f"checkpoint: config.json of {folder} must have as many experts as its tensors, "
+                f"{rows} by the rows of {name}, got {num_experts}"
+            )
+
+    def names(layout: dict[str, Any]) -> list[str]:
+        patterns = [layout[part] for part in PARTS if part in layout]
+        return [
             named(pattern, number).replace("{e}", str(expert))
             for number in numbers
-            for pattern in parts.values()
+            for pattern in patterns
             for expert in range(num_experts if "{e}" in pattern else 1)
         ]
-        if all(name in tensors for name in names):
-            break
-    else:
-        missing = next(name for name in names if name not in tensors)
-        raise ValueError(f"checkpoint: {folder} must hold every expert, got no {missing}")
+
+    def found(layout: dict[str, Any]) -> float:
+        wanted = names(layout)
+        return sum(name in tensors for name in wanted) / max(len(wanted), 1)
+
+    # Where none is whole, what lacks is told of the layout that most of the tensors follow.
+    layout = max(record["layouts"], key=found)
+    for name in names(layout):
+        if name not in tensors:
+            raise ValueError(f"checkpoint: {folder} must hold every expert, got no {name}")
+    parts = {part: layout[part] for part in PARTS if part in layout}
     layers = []
     for number in numbers:
         vectors = [named(pattern, number) for pattern in record["per_expert_vectors"]]
         layer = MoeLayer(
             number=number,
-            router=named(record["router"], number),
+            router=routers[number],
             vectors=tuple(name for name in vectors if name in tensors),
             parts={part: named(pattern, number) for part, pattern in parts.items()},
         )
-        shape = tensors[layer.router].shape
-        if shape[0] != num_experts:
-            raise ValueError(
-                f"checkpoint: {layer.router} must have {num_experts} rows, as the config says, got "
-                f"{shape}"
-            )
         layers.append(layer)
     return layout, tuple(layers)

@@ -32,7 +32,7 @@ def read_corpus(checkpoint: Checkpoint, path: str | Path, op: str) -> Corpus:
     FileNotFoundError
         If there is no such text, or the checkpoint has no tokenizer where it needs one.
     ValueError
-        If there is nothing to read, or a tokenizer meets a file that is not UTF-8.
+        If there is nothing to read, or a file is binary or not UTF-8.
     """
     files = read_files(Path(path), op)
     texts = tokenize(checkpoint, files, op)
@@ -50,9 +50,25 @@ def read_files(path: Path, op: str) -> dict[Path, bytes]:
         if not paths:
             raise ValueError(f"{op}: text must be a folder with files in it, got {path} without")
     files = {p: read_bytes(p, op, "text") for p in paths}
+    for name, data in files.items():
+        refuse_binary(name, data, op)
     if not any(files.values()):
         raise ValueError(f"{op}: text must hold at least one byte, got {path} without any")
     return files
+
+
+def refuse_binary(path: Path, data: bytes, op: str) -> None:
+    """Fail on what nobody wrote as a text: a model of bytes would read it without a word."""
+    advice = "take it out of the text, or convert it to UTF-8"
+    if (at := data.find(0)) >= 0:
+        raise ValueError(
+            f"{op}: text must be UTF-8 without binary files, got a NUL byte at position {at} of "
+            f"{path}; {advice}"
+        )
+    try:
+        decode(data, path, op, "text")
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}") from error
 
 
 def tokenize(checkpoint: Checkpoint, files: dict[Path, bytes], op: str) -> list[Tensor]:
@@ -62,8 +78,10 @@ def tokenize(checkpoint: Checkpoint, files: dict[Path, bytes], op: str) -> list[
         from transformers import AutoTokenizer
 
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        texts = [decode(data, path, op, "text") for path, data in files.items()]
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        ids = [
+            tokenizer(data.decode("utf-8"), add_special_tokens=False)["input_ids"]
+            for data in files.values()
+        ]
         return [torch.tensor(each, dtype=torch.long) for each in ids]
     if checkpoint.settings.get("vocab_size") == 256:
         return [torch.tensor(list(data), dtype=torch.long) for data in files.values()]
