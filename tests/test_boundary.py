@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,28 @@ def test_out_under_the_reference_backend() -> None:
 def test_a_wrong_out_is_refused(out: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ferromoe.permute(X, PLAN, out=out)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, out: ferromoe.permute(x, PLAN, out=out),
+        lambda x, out: ferromoe.unpermute(torch.cat([x, x]), PLAN, out=out[:2]),
+        lambda x, out: ferromoe.unpermute(x[[0, 1, 1, 0]], PLAN, out=out[2:], accumulate=True),
+        lambda x, out: ferromoe.grouped_matmul(
+            x[[0, 1, 1, 0]], torch.ones(3, 2, 2), PLAN.expert_offsets, out=out
+        ),
+    ],
+    ids=["permute", "unpermute", "accumulate", "grouped_matmul"],
+)
+def test_out_is_written_in_a_compiled_graph(call: Callable[..., Any]) -> None:
+    eager, graph = torch.ones(4, 2), torch.ones(4, 2)
+    call(X, eager)
+    torch._dynamo.reset()
+    found = torch.compile(call, backend="aot_eager", fullgraph=True)(X, graph)
+    assert torch.equal(graph, eager)
+    assert found.untyped_storage().data_ptr() == graph.untyped_storage().data_ptr()
+    assert not torch.equal(eager, torch.ones(4, 2))
 
 
 def test_out_that_overlaps_an_input_is_refused() -> None:

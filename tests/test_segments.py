@@ -37,6 +37,13 @@ def test_chunks_stand_in_order_and_the_way_back_is_the_identity(
     assert torch.equal(ferromoe.sort_chunks(x, sizes, identity), x)
 
 
+def test_chunks_from_lists_compile_in_one_graph() -> None:
+    x = torch.arange(10.0).view(5, 2)
+    torch._dynamo.reset()
+    sort = torch.compile(ferromoe.sort_chunks, backend="aot_eager", fullgraph=True)
+    assert torch.equal(sort(x, [1, 2], (1, 0)), x[[1, 2, 0, 3, 4]])
+
+
 def test_chunks_turn_from_rank_major_to_expert_major_and_back() -> None:
     ranks, experts = 3, 2
     counts = torch.tensor([[2, 1], [0, 3], [1, 1]])

@@ -168,8 +168,13 @@ class Operator:
 
     def into(self, out: Any, *args: Any) -> Any:
         """Run the operation with its result written into `out`."""
-        side = torch_side()
-        route = "arrays" if side is None else side.route_of(self, (out, *args), self.arrays + 1)
+        side = _torch_side or torch_side()
+        if side is None:
+            route = "arrays"
+        elif side.is_compiling():
+            route = "torch"  # a kernel's writes are nothing that a graph could hold; copies are
+        else:
+            route = side.route_of(self, (out, *args), self.arrays + 1)
         if route == "torch" or _backend.get() == "reference":
             result = self(*args)
             _check.out(self.name, out, result)
@@ -181,8 +186,8 @@ class Operator:
                 side.mark_written(out)
             return out
         raise ValueError(
-            f"{self.name}: out must be left out where a gradient is needed or a graph is traced, "
-            f"got {type(out).__name__}"
+            f"{self.name}: out must be left out where a gradient is needed or tensors have no "
+            f"memory, got {type(out).__name__}"
         )
 
 
