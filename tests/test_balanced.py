@@ -283,5 +283,5 @@ def test_sinkhorn_refuses_what_it_cannot_do() -> None:
         ferromoe.sinkhorn(torch.zeros(4, 3), max_iterations=0)
     with pytest.raises(TypeError, match=r"^sinkhorn: router_logits must be floating-point"):
         ferromoe.sinkhorn(torch.zeros(4, 3, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"^route: top_k must lie in 0\.\.3"):
+    with pytest.raises(ValueError, match=r"^route_sinkhorn: top_k must lie in 0\.\.3"):
         ferromoe.route_sinkhorn(torch.zeros(4, 3), top_k=4, training=True)

@@ -248,7 +248,7 @@ def test_a_limit_traces(policy: str) -> None:
             {"policy": "fifo"},
             "policy must be one of slot, choice, weight, token_weight, got 'fifo'",
         ),
-        ({"capacity": -1}, "capacity must be a whole number of at least 0, got -1"),
+        ({"capacity": -1}, "capacity must be at least 0, got -1"),
     ],
 )
 def test_limits_that_mean_nothing_are_refused(changed: dict[str, object], message: str) -> None:

@@ -8,12 +8,70 @@ does not wait for a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from itertools import pairwise
+from operator import index as as_index
+from typing import Any, ParamSpec, TypeVar
 
 from . import _core
+from .types import Dispatch, ExpertWeights, Routing
 
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
+_NOUNS: dict[type, str] = {
+    Routing: "a Routing, as route makes it",
+    Dispatch: "a Dispatch, as dispatch makes it",
+    ExpertWeights: "ExpertWeights",
+}
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def speaks_for(
+    op: str, *inner: str, **arguments: str
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate the function of `op`: what `inner` operations refuse is said of it.
+
+    `arguments` are names of theirs that are others in `op`.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                name, _, sentence = str(error).partition(": ")
+                if name not in inner:
+                    raise
+                argument, _, rest = sentence.partition(" ")
+                argument = arguments.get(argument, argument)
+                raise type(error)(f"{op}: {argument} {rest}") from error
+
+        return call
+
+    return decorate
+
+
+def noun(op: str, arg: str, value: Any, expected: type) -> None:
+    """Fail on what is no Routing, Dispatch or ExpertWeights."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{op}: {arg} must be {_NOUNS[expected]}, got {type(value).__name__}")
+
+
+# Where None stands for a number that the operation finds itself.
+_OPTIONAL = {"sentinel", "num_rows", "max_k", "largest_load"}
+
+
+def integers(op: str, **values: Any) -> None:
+    """Fail on the first argument that is no integer, or None where it is `_OPTIONAL`."""
+    for arg, value in values.items():
+        if isinstance(value, int) or (value is None and arg in _OPTIONAL):
+            continue
+        try:
+            as_index(value)
+        except TypeError:
+            raise TypeError(f"{op}: {arg} must be an integer, got {value!r}") from None
 
 
 def array(op: str, arg: str, value: Any) -> None:
@@ -46,6 +104,8 @@ def shape(op: str, arg: str, value: Any, *expected: int | str) -> list[int]:
     if len(got) != len(expected) or any(
         type(e) is not str and e != g for e, g in zip(expected, got, strict=True)
     ):
+        if len(got) == len(expected):  # a word is then no part of what is wrong
+            expected = tuple(g if type(e) is str else e for e, g in zip(expected, got, strict=True))
         words = ", ".join(map(str, expected))
         raise ValueError(f"{op}: {arg} must have shape [{words}], got {got}")
     return got
@@ -74,14 +134,14 @@ def same_device(op: str, arg: str, value: Any, other: Any) -> None:
         raise ValueError(f"{op}: {arg} must be on {wanted}, got {got}")
 
 
-def index(op: str, arg: str, value: Any, last: int) -> None:
+def index(op: str, arg: str, value: Any, last: int, place: str = "index") -> None:
     """Fail on the first entry outside of -1..last."""
     if value.is_cuda or is_abstract(value):
         return
     flat = value.flatten()
     if (wrong := (flat < -1) | (flat > last)).any():
         at = int(wrong.int().argmax())
-        raise ValueError(f"{op}: {arg} must lie in -1..{last}, got {int(flat[at])} at slot {at}")
+        raise ValueError(f"{op}: {arg} must lie in -1..{last}, got {int(flat[at])} at {place} {at}")
 
 
 def is_abstract(value: Any) -> bool:
@@ -151,7 +211,7 @@ def _router(
     routed = num_experts - options[-1]
     if expert_mask is not None:
         array("route", "expert_mask", expert_mask)
-        lead = [] if len(expert_mask.shape) == 1 else [tokens]
+        lead = [] if list(expert_mask.shape) == [routed] else [tokens]
         boolean("route", "expert_mask", expert_mask, router_logits, *lead, routed)
     return tokens, routed
 
@@ -161,7 +221,7 @@ def _given(router_logits: Any, topk_ids: Any, options: Sequence[Any]) -> None:
     shape("route", "topk_ids", topk_ids, tokens, options[0] + options[-1])
     dtype("route", "topk_ids", topk_ids, "int32", "int64")
     same_device("route", "topk_ids", topk_ids, router_logits)
-    index("route", "topk_ids", topk_ids, num_experts - 1)
+    index("route", "topk_ids", topk_ids, num_experts - 1, place="slot")
 
 
 def route(router_logits: Any, bias: Any, expert_mask: Any, *options: Any) -> None:
@@ -200,7 +260,9 @@ def route_topp(router_logits: Any, p: float, min_k: int, *options: Any) -> None:
     _router(router_logits, None, options, op="route_topp")
     if p != p:
         raise ValueError("route_topp: p must be a number, got nan")
-    if not 0 <= min_k <= options[0]:
+    if min_k < 0:
+        raise ValueError(f"route_topp: min_k must be at least 0, got {min_k}")
+    if min_k > options[0]:
         raise ValueError(
             f"route_topp: min_k must lie in 0..{options[0]}, the most experts a token may get, "
             f"got {min_k}"
@@ -227,18 +289,23 @@ def _slots(op: str, tokens: int, top_k: int) -> int:
 
 
 def _plan(op: str, rows: Any, slot_of_row: Any, row_of_slot: Any) -> tuple[int, int, int]:
-    """Check the maps of a plan and return T, K and the rows."""
+    """Check the shapes of a plan's maps and return T, K and the rows."""
     tokens, top_k = shape(op, "row_of_slot", row_of_slot, "T", "K")
-    slots = _slots(op, tokens, top_k)
+    _slots(op, tokens, top_k)
     (places,) = shape(op, "slot_of_row", slot_of_row, "T * K")
-    for arg, value, end in (
-        ("slot_of_row", slot_of_row, slots),
-        ("row_of_slot", row_of_slot, places),
+    for arg, value in (("slot_of_row", slot_of_row), ("row_of_slot", row_of_slot)):
+        same_device(op, arg, value, rows)
+    return tokens, top_k, places
+
+
+def _maps(op: str, slot_of_row: Any, row_of_slot: Any) -> None:
+    """Check what stands in a plan's maps."""
+    for arg, value, other in (
+        ("slot_of_row", slot_of_row, row_of_slot),
+        ("row_of_slot", row_of_slot, slot_of_row),
     ):
         dtype(op, arg, value, "int32")
-        same_device(op, arg, value, rows)
-        index(op, arg, value, end - 1)
-    return tokens, top_k, places
+        index(op, arg, value, other.numel() - 1)
 
 
 def pad_plan(
@@ -251,15 +318,24 @@ def pad_plan(
 ) -> None:
     op = "pad_plan"
     (ends,) = shape(op, "expert_offsets", expert_offsets, "E + 1")
-    if ends == 0:
-        raise ValueError(f"{op}: expert_offsets must have shape [E + 1], got [0]")
-    dtype(op, "expert_offsets", expert_offsets, "int32")
     _, _, rows = _plan(op, expert_offsets, slot_of_row, row_of_slot)
     count(op, "num_rows", num_rows)
     count(op, "align", align, least=1)
+    dtype(op, "expert_offsets", expert_offsets, "int32")
+    if ends == 0:
+        raise ValueError(f"{op}: expert_offsets must have shape [E + 1], got [0]")
+    if not expert_offsets.is_cuda:
+        found = expert_offsets.tolist()
+        for last, offset in pairwise(found):
+            if offset < last:
+                words = f"not decrease, got {offset} after {last}"
+                raise ValueError(f"{op}: expert_offsets must {words}")
+        if found[0] != 0 or found[-1] > rows:
+            words = f"lie in 0..{rows}, from 0 on, got {found[0]} to {found[-1]}"
+            raise ValueError(f"{op}: expert_offsets must {words}")
+    _maps(op, slot_of_row, row_of_slot)
     if expert_offsets.is_cuda:
         return
-    offsets(op, expert_offsets, rows)
     counts = expert_offsets.diff().long().clamp(min=1 if min_block else 0)
     needed = int(((counts + align - 1) // align * align).sum())
     if needed >= 2**31:
@@ -271,6 +347,7 @@ def pad_plan(
 def chunk_maps(split_sizes: Any, order: Any, num_rows: int) -> None:
     op = "sort_chunks"
     (chunks,) = shape(op, "split_sizes", split_sizes, "C")
+    shape(op, "order", order, "C")
     shape(op, "order", order, chunks)
     for arg, value in (("split_sizes", split_sizes), ("order", order)):
         dtype(op, arg, value, "int32", "int64")
@@ -298,6 +375,7 @@ def permute(x: Any, slot_of_row: Any, row_of_slot: Any) -> None:
     array("permute", "x", x)
     tokens, _, _ = _plan("permute", x, slot_of_row, row_of_slot)
     shape("permute", "x", x, tokens, "H")
+    _maps("permute", slot_of_row, row_of_slot)
 
 
 def unpermute(
@@ -306,74 +384,84 @@ def unpermute(
     array("unpermute", "y", y)
     tokens, top_k, rows = _plan("unpermute", y, slot_of_row, row_of_slot)
     _, hidden = shape("unpermute", "y", y, rows, "H")
-    dtype("unpermute", "y", y, *_FLOATS)
     if topk_weights is not None:
         shape("unpermute", "topk_weights", topk_weights, tokens, top_k)
-        dtype("unpermute", "topk_weights", topk_weights, *_FLOATS)
         same_device("unpermute", "topk_weights", topk_weights, y)
     if base is not None:  # what stands in `out`
         shape("unpermute", "out", base, tokens, hidden)
         dtype("unpermute", "out", base, name_of(y))
         same_device("unpermute", "out", base, y)
+    dtype("unpermute", "y", y, *_FLOATS)
+    if topk_weights is not None:
+        dtype("unpermute", "topk_weights", topk_weights, *_FLOATS)
+    _maps("unpermute", slot_of_row, row_of_slot)
 
 
-def _table(op: str, arg: str, tensors: Sequence[Any], x: Any, rank: int) -> list[tuple[int, ...]]:
-    """Check tensors that stand for one per expert, and return the shape of each expert's."""
+def _like(op: str, arg: str, tensors: Sequence[Any], x: Any) -> None:
+    """Fail unless all tensors have the dtype and the device of x."""
     for tensor in tensors:
         array(op, arg, tensor)
-    stacked = len(tensors) == 1 and tensors[0].ndim == rank + 1
+        if (got := name_of(tensor)) != (wanted := name_of(x)):
+            raise TypeError(f"{op}: {arg} must be of the dtype of x, {wanted}, got {got}")
+        same_device(op, arg, tensor, x)
+
+
+def _shapes(op: str, arg: str, tensors: Sequence[Any], rank: int) -> list[tuple[int, ...]]:
+    """Return the shape of each expert's tensor, of one for all or a list of one for each."""
+    if len(tensors) == 1 and tensors[0].ndim == rank + 1:
+        return [tuple(tensors[0].shape[1:])] * tensors[0].shape[0]
     for tensor in tensors:
-        if not stacked and tensor.ndim != rank:
+        if tensor.ndim != rank:
             words = f"of {rank + 1} dimensions, or {rank} in a list"
             raise ValueError(f"{op}: {arg} must have shape {words}, got {list(tensor.shape)}")
-        dtype(op, arg, tensor, name_of(x))
-        same_device(op, arg, tensor, x)
-    if stacked:
-        return [tuple(tensors[0].shape[1:])] * tensors[0].shape[0]
     return [tuple(tensor.shape) for tensor in tensors]
 
 
-def _each(op: str, arg: str, shapes: Sequence[Any], expected: Sequence[Any]) -> None:
-    """Fail unless every expert has one of the shapes, and that the expected one."""
-    if len(shapes) != len(expected):
-        raise ValueError(
-            f"{op}: {arg} must hold one tensor for each of the {len(expected)} experts, "
-            f"got {len(shapes)}"
-        )
-    for got, wanted in zip(shapes, expected, strict=True):
-        if got != wanted:
-            raise ValueError(f"{op}: {arg} must have shape {list(wanted)}, got {list(got)}")
+def _extents(op: str, arg: str, got: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(got) != tuple(wanted):
+        raise ValueError(f"{op}: {arg} must have shape {list(wanted)}, got {list(got)}")
 
 
 def grouped_matmul(
     x: Any, weight: Sequence[Any], expert_offsets: Any, bias: Sequence[Any], transposed: bool
 ) -> None:
     op = "grouped_matmul"
-    rows, k = shape(op, "x", x, "M", "K")
-    dtype(op, "x", x, *_FLOATS)
-    matrices = _table(op, "weight", weight, x, 2)
-    shape(op, "expert_offsets", expert_offsets, len(matrices) + 1)
-    dtype(op, "expert_offsets", expert_offsets, "int32")
+    array(op, "x", x)
+    shape(op, "expert_offsets", expert_offsets, "E + 1")
     same_device(op, "expert_offsets", expert_offsets, x)
-    offsets(op, expert_offsets, rows)
-    n = matrices[0][1 if transposed else 0] if matrices else 0
-    _each(op, "weight", matrices, [(k, n) if transposed else (n, k)] * len(matrices))
+    rows, k = shape(op, "x", x, "M", "K")
+    _like(op, "weight", weight, x)
+    _like(op, "bias", bias, x)
+    matrices = _shapes(op, "weight", weight, 2)
     if bias:
-        _each(op, "bias", _table(op, "bias", bias, x, 1), [(n,)] * len(matrices))
-
-
-def choice(x: Any, topk_ids: Any, topk_weights: Any) -> tuple[int, int]:
-    """Check the tokens of `experts` and what they chose, and return T and H."""
-    op = "experts"
-    tokens, hidden = shape(op, "x", x, "T", "H")
+        stacked = len(bias) == 1 and bias[0].ndim == 2
+        _extents(op, "bias", [len(bias[0]) if stacked else len(bias)], [len(matrices)])
     dtype(op, "x", x, *_FLOATS)
-    _, top_k = shape(op, "topk_ids", topk_ids, tokens, "K")
+    dtype(op, "expert_offsets", expert_offsets, "int32")
+    vectors = _shapes(op, "bias", bias, 1)
+    offsets(op, expert_offsets, rows)
+    shape(op, "expert_offsets", expert_offsets, len(matrices) + 1)
+    n = matrices[0][1 if transposed else 0] if matrices else 0
+    for each, matrix in enumerate(matrices):
+        _extents(op, "weight", matrix, (k, n) if transposed else (n, k))
+        if vectors:
+            _extents(op, "bias", vectors[each], (n,))
+
+
+def choice(x: Any, topk_ids: Any, topk_weights: Any) -> int:
+    """Check the tokens of `experts` and what they chose, and return T."""
+    op = "experts"
+    tokens, _ = shape(op, "x", x, "T", "H")
+    _, top_k = shape(op, "topk_ids", topk_ids, "T", "K")
+    for arg, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+        array(op, arg, value)
+        same_device(op, arg, value, x)
+        shape(op, arg, value, tokens, top_k)
     dtype(op, "topk_ids", topk_ids, "int32", "int64")
-    shape(op, "topk_weights", topk_weights, tokens, top_k)
-    dtype(op, "topk_weights", topk_weights, *dict.fromkeys(("float32", name_of(x))))
-    same_device(op, "topk_ids", topk_ids, x)
-    same_device(op, "topk_weights", topk_weights, x)
-    return tokens, hidden
+    if (got := name_of(topk_weights)) not in ("float32", name_of(x)):
+        raise TypeError(f"{op}: topk_weights must be float32 or x's {name_of(x)}, got {got}")
+    dtype(op, "x", x, *_FLOATS)
+    return tokens
 
 
 def experts(
@@ -395,35 +483,49 @@ def experts(
     weight_on_input: bool,
 ) -> None:
     op = "experts"
-    tokens, hidden = choice(x, topk_ids, topk_weights)
-
-    def flip(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        return [each[::-1] for each in shapes] if transposed else list(shapes)
-
-    first = _table(op, "gate_up", gate_up, x, 2)
-    last = _table(op, "down", down, x, 2)
-    if first:
-        tokens, hidden = shape(op, "x", x, tokens, flip(first)[0][1])
-    sentinel(op, no_expert, len(first))
-    wide = [each[0] for each in flip(first)]
-    per = 2 if packing in ("halves", "interleaved") else 1
-    if odd := [columns for columns in wide if columns % per]:
-        raise ValueError(
-            f"{op}: gate_up must have an even number of gate and up columns, got {odd[0]}"
-        )
-    hidden_out = flip(last)[0][0] if last else 0
-    into = flip([(columns, hidden) for columns in wide])
-    _each(op, "gate_up", first, into)
-    _each(op, "down", last, flip([(hidden_out, columns // per) for columns in wide]))
+    tokens = choice(x, topk_ids, topk_weights)
+    names = ("gate_up", "up", "down", "gate_up_bias", "up_bias", "down_bias")
+    given = (gate_up, up, down, gate_up_bias, up_bias, down_bias)
+    for arg, tensors in zip(names, given, strict=True):
+        _like(op, arg, tensors, x)
+    shapes = {
+        arg: _shapes(op, arg, tensors, 1 if arg.endswith("bias") else 2)
+        for arg, tensors in zip(names, given, strict=True)
+    }
+    first, last = shapes["gate_up"], shapes["down"]
+    needed = {"down"} | ({"up"} if packing == "separate" else set())
+    if packing == "separate" and gate_up_bias:
+        needed.add("up_bias")
+    for arg in names[1:]:
+        if len(shapes[arg]) != len(first) and (arg in needed or shapes[arg]):
+            words = f"hold one tensor for each of the {len(first)} experts"
+            raise ValueError(f"{op}: {arg} must {words}, got {len(shapes[arg])}")
     if up and bool(gate_up_bias) != bool(up_bias):
         words = "be given for gate and up or for neither"
         raise ValueError(f"{op}: up_bias must {words}, got one of them")
-    if up:
-        _each(op, "up", _table(op, "up", up, x, 2), into)
-    for arg, bias, columns in (
-        ("gate_up_bias", gate_up_bias, [(n,) for n in wide]),
-        ("up_bias", up_bias, [(n,) for n in wide]),
-        ("down_bias", down_bias, [(hidden_out,)] * len(wide)),
-    ):
-        if bias:
-            _each(op, arg, _table(op, arg, bias, x, 1), columns)
+
+    def flip(rows: int, columns: int) -> tuple[int, int]:
+        return (columns, rows) if transposed else (rows, columns)
+
+    hidden = flip(*first[0])[1] if first else 0
+    hidden_out = flip(*last[0])[0] if last else 0
+    per = 2 if packing in ("halves", "interleaved") else 1
+    for each, matrix in enumerate(first):
+        wide = flip(*matrix)[0]
+        if wide % per:
+            words = "have an even number of gate and up columns"
+            raise ValueError(f"{op}: gate_up must {words}, got {wide}")
+        expected = {
+            "gate_up": flip(wide, hidden),
+            "down": flip(hidden_out, wide // per),
+            "up": flip(wide, hidden),
+            "gate_up_bias": (wide,),
+            "up_bias": (wide,),
+            "down_bias": (hidden_out,),
+        }
+        for arg, wanted in expected.items():
+            if shapes[arg]:
+                _extents(op, arg, shapes[arg][each], wanted)
+    if first:
+        shape(op, "x", x, tokens, hidden)
+    sentinel(op, no_expert, len(first))

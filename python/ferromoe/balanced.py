@@ -26,6 +26,7 @@ class ExpertChoice(NamedTuple):
     weights: Tensor
     """float32 [E, C] (float64 for float64)."""
 
+    @_check.speaks_for("as_routing", "dispatch", topk_ids="tokens", num_experts="num_tokens")
     def as_routing(self, num_tokens: int, *, top_k: int | None = None) -> Routing:
         """Return the same by token, for `experts` and `dispatch`.
 
@@ -56,6 +57,8 @@ class ExpertChoice(NamedTuple):
                 [-1]], dtype=torch.int32)
         """
         num_experts, capacity = self.tokens.shape
+        slots = num_experts if top_k is None else top_k
+        _check.integers("as_routing", num_tokens=num_tokens, top_k=slots)
         # Sorted by token; the sort is stable, so a token's experts ascend.
         plan = dispatch(self.tokens.reshape(-1, 1), num_experts=num_tokens)
         if top_k is None or top_k < num_experts:
@@ -119,6 +122,7 @@ def route_expert_choice(router_logits: Tensor, *, capacity: int) -> ExpertChoice
     tensor([[0.8808, 0.7311],
             [0.5000, 0.2689]])
     """
+    _check.integers("route_expert_choice", capacity=capacity)
     scores = _logits("route_expert_choice", router_logits).softmax(1)
     if not 0 <= capacity <= len(scores):
         raise ValueError(
@@ -179,6 +183,7 @@ def sinkhorn(router_logits: Tensor, *, max_iterations: int = 100, tol: float = 1
     >>> balanced.converged
     True
     """
+    _check.integers("sinkhorn", max_iterations=max_iterations)
     if max_iterations < 1:
         raise ValueError(f"sinkhorn: max_iterations must be at least 1, got {max_iterations}")
     logits = _logits("sinkhorn", router_logits).double()
@@ -198,6 +203,7 @@ def sinkhorn(router_logits: Tensor, *, max_iterations: int = 100, tol: float = 1
     return Sinkhorn(log_plan, converged, iterations)
 
 
+@_check.speaks_for("route_sinkhorn", "route", "sinkhorn")
 def route_sinkhorn(
     router_logits: Tensor,
     *,
@@ -240,6 +246,7 @@ def route_sinkhorn(
     >>> ferromoe.route_sinkhorn(logits, top_k=1, training=False).topk_ids.flatten()
     tensor([0, 0], dtype=torch.int32)
     """
+    _check.integers("route_sinkhorn", top_k=top_k)
     score = "sigmoid" if top_k == 1 else "softmax"
     ids = None
     if training:

@@ -47,6 +47,7 @@ _POLICIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@_check.speaks_for("limit_capacity", "dispatch")
 def limit_capacity(
     routing: Routing,
     *,
@@ -107,15 +108,16 @@ def limit_capacity(
     tensor([[0.0000, 0.4000],
             [0.7000, 0.3000]])
     """
+    _check.noun("limit_capacity", "routing", routing, Routing)
+    _check.integers("limit_capacity", num_experts=num_experts, capacity=capacity)
     if policy not in _POLICIES:
         names = ", ".join(_POLICIES)
         raise ValueError(f"limit_capacity: policy must be one of {names}, got {policy!r}")
-    if not isinstance(capacity, int) or capacity < 0:
-        raise ValueError(
-            f"limit_capacity: capacity must be a whole number of at least 0, got {capacity}"
-        )
+    if capacity < 0:
+        raise ValueError(f"limit_capacity: capacity must be at least 0, got {capacity}")
     weights, ids = routing.topk_weights, routing.topk_ids
     _check.floating("limit_capacity", "topk_weights", weights)
+    _check.tensor("limit_capacity", "topk_ids", ids)
     if weights.shape != ids.shape:
         raise ValueError(
             f"limit_capacity: topk_weights must have the shape of topk_ids, {list(ids.shape)}, "
@@ -217,6 +219,7 @@ def expert_capacity(
         )
     least = {"num_tokens": 0, "top_k": 0, "num_experts": 1, "minimum": 0, "alignment": 1}
     given = dict(zip(least, (num_tokens, top_k, num_experts, minimum, alignment), strict=True))
+    _check.integers("expert_capacity", **given, largest_load=largest_load)
     for name, value in given.items():
         if value < least[name]:
             raise ValueError(f"expert_capacity: {name} must be at least {least[name]}, got {value}")

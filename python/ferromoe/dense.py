@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from . import _check
 from .types import Routing
 
 
@@ -40,10 +41,12 @@ def as_dense(routing: Routing, num_experts: int) -> tuple[Any, Any]:
     >>> ferromoe.as_dense(routing, 4)
     (tensor([[0.2500, 0.0000, 0.7500, 0.0000]]), tensor([[ True, False,  True, False]]))
     """
+    _check.noun("as_dense", "routing", routing, Routing)
+    _check.integers("as_dense", num_experts=num_experts)
+    _check.count("as_dense", "num_experts", num_experts)
     weights, ids = routing.topk_weights, routing.topk_ids
-    for name, tensor in (("topk_weights", weights), ("topk_ids", ids)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"as_dense: {name} must be a torch tensor, got {type(tensor).__name__}")
+    _check.tensor("as_dense", "topk_weights", weights)
+    _check.tensor("as_dense", "topk_ids", ids)
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"as_dense: topk_ids must be int32 or int64, got {ids.dtype}")
     if ids.ndim != 2 or weights.shape != ids.shape:

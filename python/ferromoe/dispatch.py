@@ -102,6 +102,7 @@ def dispatch(topk_ids: Any, *, num_experts: int, sentinel: int | None = None) ->
     tensor([[ 1,  0],
             [ 2, -1]], dtype=torch.int32)
     """
+    _check.integers("dispatch", num_experts=num_experts, sentinel=sentinel)
     return Dispatch(*_dispatch(topk_ids, num_experts, sentinel))
 
 
@@ -128,7 +129,8 @@ def padded_offsets(plan: Dispatch, *, align: int, min_block: bool = False) -> An
     >>> ferromoe.padded_offsets(plan, align=8)
     tensor([ 0,  8,  8, 16], dtype=torch.int32)
     """
-    require_plan("padded_offsets", plan)
+    _check.noun("padded_offsets", "plan", plan, Dispatch)
+    _check.integers("padded_offsets", align=align)
     return _padded_offsets(plan.expert_offsets, align, min_block)
 
 
@@ -178,7 +180,8 @@ def pad_plan(
     >>> ferromoe.permute(torch.tensor([[10.0], [20.0]]), padded).flatten()
     tensor([10.,  0.,  0.,  0., 10., 20.,  0.,  0., 0., 0., 0., 0.])
     """
-    require_plan("pad_plan", plan)
+    _check.noun("pad_plan", "plan", plan, Dispatch)
+    _check.integers("pad_plan", align=align, num_rows=num_rows)
     if num_rows is None:
         (ends,) = _check.shape("pad_plan", "expert_offsets", plan.expert_offsets, "E + 1")
         (rows,) = _check.shape("pad_plan", "slot_of_row", plan.slot_of_row, "T * K")
@@ -191,11 +194,3 @@ def most_rows(experts: int, rows: int, align: int, min_block: bool = False) -> A
     # An expert with rows adds up to align - 1, one without adds a block or nothing.
     spare = experts * align if min_block else min(experts, rows) * (align - 1)
     return (rows + spare) // align * align
-
-
-def require_plan(op: str, plan: Any) -> None:
-    """Fail on what is no plan."""
-    if not isinstance(plan, Dispatch):
-        raise TypeError(
-            f"{op}: plan must be a Dispatch, as dispatch makes it, got {type(plan).__name__}"
-        )

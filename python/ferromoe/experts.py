@@ -182,7 +182,7 @@ def experts(
     >>> found.weighted_norms / found.counts
     tensor([ 1.5000, 15.0000])
     """
-    require_weights("experts", weights)
+    _check.noun("experts", "weights", weights, ExpertWeights)
     _check.array("experts", "x", x)
     _check.array("experts", "topk_ids", topk_ids)
     _check.array("experts", "topk_weights", topk_weights)
@@ -204,6 +204,7 @@ def experts(
             f"experts: topk_ids must be int32 or int64, got {topk_ids.dtype}; ids come before "
             "weights"
         )
+    _check.integers("experts", sentinel=sentinel)
     if weights.activation.function is not None or row_norm is not None:
         options = weight_on_input, sentinel, row_norm, stats
         return _by_parts(x, weights, topk_ids, topk_weights, *options)
@@ -215,12 +216,16 @@ def experts(
     return out, ExpertStats(*(each.detach() if is_torch(each) else each for each in found))
 
 
-def require_weights(op: str, weights: Any) -> None:
-    """Fail on weights of another class."""
-    if not isinstance(weights, ExpertWeights):
-        raise TypeError(f"{op}: weights must be ExpertWeights, got {type(weights).__name__}")
+# The message of a product names the weight, as `experts` knows it.
+_product = {
+    part: _check.speaks_for("experts", "grouped_matmul", weight=part, bias=f"{part}_bias")(
+        grouped_matmul
+    )
+    for part in ("gate_up", "up", "down")
+}
 
 
+@_check.speaks_for("experts", "dispatch")
 def _by_parts(
     x: Any,
     weights: ExpertWeights,
@@ -239,6 +244,7 @@ def _by_parts(
             f"widths {min(widths)} to {max(widths)}"
         )
     _check.choice(x, topk_ids, topk_weights)
+    _check.shape("experts", "x", x, "T", weights.hidden)
     plan = dispatch(topk_ids, num_experts=weights.num_experts, sentinel=sentinel)
     rows = permute(x, plan)
     if weight_on_input:
@@ -248,14 +254,18 @@ def _by_parts(
         topk_weights = None
     w = weights
     first: dict[str, Any] = {"transposed": w.transposed}
-    hidden = grouped_matmul(rows, w.gate_up, plan.expert_offsets, bias=w.gate_up_bias, **first)
+    hidden = _product["gate_up"](rows, w.gate_up, plan.expert_offsets, bias=w.gate_up_bias, **first)
     up = None
     if w.packing == "separate":
-        up = grouped_matmul(rows, w.up, plan.expert_offsets, bias=w.up_bias, **first)
+        up = _product["up"](rows, w.up, plan.expert_offsets, bias=w.up_bias, **first)
     hidden = _activated(hidden, up, w)
-    rows = grouped_matmul(hidden, w.down, plan.expert_offsets, bias=w.down_bias, **first)
+    inner = as_list(w.down)[0].shape[-2 if w.transposed else -1]
+    _check.shape("experts", "what the activation returns", hidden, rows.shape[0], inner)
+    rows = _product["down"](hidden, w.down, plan.expert_offsets, bias=w.down_bias, **first)
     if row_norm is not None:
-        rows = row_norm(rows)
+        normed = row_norm(rows)
+        _check.shape("experts", "what row_norm returns", normed, *rows.shape)
+        rows = normed
     out = unpermute(rows, plan, topk_weights)
     return (out, _stats_of_rows(rows, plan, topk_weights)) if stats else out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import _check
-from .experts import experts, is_torch, require_weights
+from .experts import experts, is_torch
 from .routing import flat_rows, route
 from .types import ExpertWeights
 
@@ -36,6 +36,9 @@ def under_autocast(tensor: Any) -> bool:
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
+@_check.speaks_for(
+    "moe", "route", "skip_experts", "append_experts", "experts", weight="shared_weight"
+)
 def moe(
     x: Any,
     router_weight: Any,
@@ -87,7 +90,7 @@ def moe(
     >>> ferromoe.moe(torch.zeros(2, 7, 5), torch.ones(4, 5), weights, top_k=2).shape
     torch.Size([2, 7, 5])
     """
-    require_weights("moe", weights)
+    _check.noun("moe", "weights", weights, ExpertWeights)
     _check.array("moe", "x", x)
     if len(x.shape) == 0:
         raise ValueError("moe: x must have shape [..., H], got []")
@@ -118,6 +121,7 @@ def _routed(
     router_weight: Any, weights: ExpertWeights, hidden: int, num_identity: int, shared_weight: Any
 ) -> int:
     """Return the number of experts that are routed to and compute something."""
+    _check.integers("moe", num_identity=num_identity)
     if num_identity < 0:
         raise ValueError(f"moe: num_identity must be at least 0, got {num_identity}")
     rows: int | str = "E" if shared_weight is not None else weights.num_experts + num_identity

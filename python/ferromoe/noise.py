@@ -102,6 +102,7 @@ class NoisyRouting(NamedTuple):
     """[E], how many tokens each expert would get on average over another draw of its noise."""
 
 
+@_check.speaks_for("route_noisy", "route")
 def route_noisy(
     router_logits: Tensor, noise_logits: Tensor, *, top_k: int, generator: Generator | None
 ) -> NoisyRouting:
@@ -144,8 +145,11 @@ def route_noisy(
     >>> noisy.load
     tensor([0., 1., 1.])
     """
+    _check.integers("route_noisy", top_k=top_k)
     _check.floating("route_noisy", "router_logits", router_logits)
     _check.floating("route_noisy", "noise_logits", noise_logits)
+    if not router_logits.ndim:
+        raise ValueError("route_noisy: router_logits must have shape [..., E], got []")
     if router_logits.shape != noise_logits.shape:
         raise ValueError(
             f"route_noisy: noise_logits must have the shape of router_logits, "
@@ -205,6 +209,9 @@ def sample_second_choice(routing: Routing, *, generator: Generator | None) -> Ro
     tensor([[ 0,  1],
             [ 2, -1]])
     """
+    _check.noun("sample_second_choice", "routing", routing, Routing)
+    _check.floating("sample_second_choice", "topk_weights", routing.topk_weights)
+    _check.tensor("sample_second_choice", "topk_ids", routing.topk_ids)
     weights = routing.topk_weights.detach()
     if weights.shape[-1:] != (2,):
         raise ValueError(

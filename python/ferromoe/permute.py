@@ -9,7 +9,6 @@ from typing import Any
 
 from . import _check, _core
 from ._op import Operator, specification, torch_side
-from .dispatch import require_plan
 from .types import Dispatch
 
 
@@ -159,7 +158,7 @@ def permute(x: Any, plan: Dispatch, *, out: Any = None) -> Any:
     >>> ferromoe.permute(torch.tensor([[10.0], [20.0]]), plan).flatten()
     tensor([10., 10., 20., 20.])
     """
-    require_plan("permute", plan)
+    _check.noun("permute", "plan", plan, Dispatch)
     maps = plan.slot_of_row, plan.row_of_slot
     if out is None:
         return move_rows(x, *maps)
@@ -218,7 +217,7 @@ def unpermute(
     >>> ferromoe.unpermute(rows, plan, torch.tensor([[0.5, 0.5], [1.0, 0.0]])).flatten()
     tensor([1.5000, 3.0000])
     """
-    require_plan("unpermute", plan)
+    _check.noun("unpermute", "plan", plan, Dispatch)
     args = y, plan.slot_of_row, plan.row_of_slot, topk_weights
     if out is not None:
         return _unpermute.into(out, *args, out if accumulate else None)
@@ -227,6 +226,7 @@ def unpermute(
     return _unpermute(*args, None)
 
 
+@_check.speaks_for("permute_slots", "permute", x="values")
 def permute_slots(values: Any, plan: Dispatch) -> Any:
     """Copy values that belong to slots, routing weights for example, into expert order.
 
@@ -261,7 +261,7 @@ def permute_slots(values: Any, plan: Dispatch) -> Any:
     tensor([0.3000, 0.7000, 0.6000, 0.4000])
     """
     op = "permute_slots"
-    require_plan(op, plan)
+    _check.noun(op, "plan", plan, Dispatch)
     _check.array(op, "values", values)
     tokens, top_k = _check.shape(op, "row_of_slot", plan.row_of_slot, "T", "K")
     got = list(values.shape)

@@ -237,6 +237,15 @@ def route(
     ... ).topk_ids
     tensor([[0, 1]], dtype=torch.int32)
     """
+    # By their types first, of which small calls feel less.
+    if not type(top_k) is type(num_groups) is type(topk_groups) is type(num_shared) is int:
+        _check.integers(
+            "route",
+            top_k=top_k,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            num_shared=num_shared,
+        )
     matrix = flat_rows(router_logits)
     lead = () if matrix is router_logits else router_logits.shape[:-1]
     name, p = renorm, 0.0

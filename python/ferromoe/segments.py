@@ -33,6 +33,7 @@ _chunk_maps = Operator(
 )
 
 
+@_check.speaks_for("sort_chunks", "permute")
 def sort_chunks(x: Any, split_sizes: Any, order: Any) -> Any:
     """Cut rows into consecutive chunks and put these in another order.
 
@@ -86,6 +87,7 @@ def sort_chunks(x: Any, split_sizes: Any, order: Any) -> Any:
     return _move(x, source_of_row, row_of_source)
 
 
+@_check.speaks_for("pad_rows", "pad_plan", "permute")
 def pad_rows(x: Any, counts: Any, align: int, *, num_rows: int | None = None) -> Any:
     """Pad each expert's rows with rows of zeros to a multiple of `align`.
 
@@ -136,6 +138,7 @@ def pad_rows(x: Any, counts: Any, align: int, *, num_rows: int | None = None) ->
     tensor([1., 2., 3.])
     """
     op = "pad_rows"
+    _check.integers(op, align=align, num_rows=num_rows)
     sizes, total = _sizes(op, "x", x, counts, align)
     if num_rows is not None:
         _check.count(op, "num_rows", num_rows)
@@ -145,6 +148,7 @@ def pad_rows(x: Any, counts: Any, align: int, *, num_rows: int | None = None) ->
     return _move(x, plan.slot_of_row, plan.row_of_slot)
 
 
+@_check.speaks_for("unpad_rows", "pad_plan", "permute", x="y")
 def unpad_rows(y: Any, counts: Any, align: int, *, num_rows: int | None = None) -> Any:
     """Take the padding of `pad_rows` out again.
 
@@ -180,6 +184,7 @@ def unpad_rows(y: Any, counts: Any, align: int, *, num_rows: int | None = None) 
     pad_rows : The way there, with an example.
     """
     op = "unpad_rows"
+    _check.integers(op, align=align, num_rows=num_rows)
     sizes, total = _sizes(op, "y", y, counts, align)
     if num_rows is not None:
         _check.count(op, "num_rows", num_rows)

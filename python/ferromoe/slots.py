@@ -59,9 +59,12 @@ def skip_experts(routing: Routing, *, first: int) -> tuple[Routing, Tensor]:
     >>> routing, own = ferromoe.skip_experts(routing, first=4)
     >>> out = ferromoe.experts(x, weights, routing.topk_ids, routing.topk_weights) + x * own
     """
+    _check.noun("skip_experts", "routing", routing, Routing)
+    _check.integers("skip_experts", first=first)
     if first < 0:
         raise ValueError(f"skip_experts: first must be at least 0, got {first}")
     _check.floating("skip_experts", "topk_weights", routing.topk_weights)
+    _check.tensor("skip_experts", "topk_ids", routing.topk_ids)
     skipped = routing.topk_ids >= first
     own = torch.where(skipped, routing.topk_weights, 0).sum(-1, keepdim=True)
     return leave_out(routing, ~skipped), own
@@ -115,11 +118,14 @@ def append_experts(
     tensor([[0.5000, 0.5000, 0.4000]])
     """
     op = "append_experts"
+    _check.noun(op, "routing", routing, Routing)
+    _check.integers(op, first=first, num=num)
     for name, value in (("first", first), ("num", num)):
         if value < 0:
             raise ValueError(f"{op}: {name} must be at least 0, got {value}")
     weights, ids = routing.topk_weights, routing.topk_ids
     _check.floating(op, "topk_weights", weights)
+    _check.tensor(op, "topk_ids", ids)
     shape = [*ids.shape[:-1], num]
     if isinstance(weight, Tensor):
         _check.floating(op, "weight", weight)

@@ -28,6 +28,7 @@ def _int32() -> Any:
     return torch.int32
 
 
+@_check.speaks_for("route_topp", "route", top_k="max_k")
 def route_topp(
     router_logits: Any,
     *,
@@ -78,6 +79,7 @@ def route_topp(
             [ 2, -1]], dtype=torch.int32)
     """
     _check.array("route_topp", "router_logits", router_logits)
+    _check.integers("route_topp", min_k=min_k, max_k=max_k)
     side = torch_side()
     if max_k is None and side is not None and side.is_compiling():
         raise ValueError("route_topp: max_k must be given while a graph is traced, got none")
@@ -122,7 +124,9 @@ def experts_per_token(routing: Routing) -> Any:
     >>> ferromoe.experts_per_token(ferromoe.Routing(torch.ones(3, 2), ids))
     tensor([0, 2, 1])
     """
+    _check.noun("experts_per_token", "routing", routing, Routing)
     ids = routing.topk_ids
+    _check.array("experts_per_token", "topk_ids", ids)
     numbers = (ids >= 0).sum(-1).reshape(-1)
     if hasattr(numbers, "bincount"):
         return numbers.bincount(minlength=ids.shape[-1] + 1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _check
 from ..moe import moe, under_autocast
 from ..routing import route
 from ..types import Activation, ExpertWeights
@@ -69,6 +70,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"hidden": hidden, "intermediate": intermediate, "num_experts": num_experts}
+        _check.integers("MoE", **sizes, top_k=top_k)
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"MoE: {name} must be at least 1, got {size}")
@@ -102,6 +104,7 @@ class MoE(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
+    @_check.speaks_for("MoE", "route")
     def _check_options(self) -> None:
         """Fail now on options that every forward would refuse: route no token at all."""
         ExpertWeights.of(self)
