@@ -13,11 +13,12 @@ import pytest
 import ferromoe
 from ferromoe import _core
 
+AVX512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
 NEEDS = {
     "scalar": set(),
     "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw"},
-    "avx512_bf16": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512bf16"},
+    "avx512": AVX512,
+    "avx512_bf16": AVX512 | {"avx512bf16"},
 }
 """Every level of `FERROMOE_ISA`, and what its CPU says of itself."""
 

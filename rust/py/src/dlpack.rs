@@ -338,7 +338,8 @@ impl Made {
         let (ndim, mut extents) = (shape.len(), [1; 2 * MAX_DIMS]);
         extents[..ndim].copy_from_slice(shape);
         for axis in (1..ndim).rev() {
-            extents[MAX_DIMS + axis - 1] = extents[MAX_DIMS + axis] * shape[axis];
+            // At least 1, as torch has it.
+            extents[MAX_DIMS + axis - 1] = extents[MAX_DIMS + axis] * shape[axis].max(1);
         }
         let dl_tensor = DlTensor {
             data: memory.start().cast(),

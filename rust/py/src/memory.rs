@@ -1,11 +1,12 @@
-//! The workspaces that kernels keep.
+//! The memory that kernels keep.
 
 use ferromoe_core::arena;
 use pyo3::prelude::*;
 
-/// Give the workspaces kept for the next calls back to the system.
+/// Give the memory kept for the next calls back to the system.
 ///
-/// Up to 512 MiB stay with the process after a call, because fresh memory is slow.
+/// Up to 512 MiB stay with the process, because fresh memory is slow: the workspaces of a call, and
+/// the memory of large results once nobody holds them any more.
 ///
 /// Returns
 /// -------
