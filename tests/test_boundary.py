@@ -202,6 +202,24 @@ def test_a_result_that_fits_in_no_memory_is_refused() -> None:
         ferromoe.permute(torch.empty(0, 1 << 46), plan)
 
 
+def test_out_of_a_dtype_that_moves_as_another_is_held_to_the_same_rules() -> None:
+    x = torch.ones(2, 2, dtype=torch.complex64, requires_grad=True)
+    out = torch.empty(4, 2, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"^permute: out must be left out where a gradient"):
+        ferromoe.permute(x, PLAN, out=out)
+    assert not out.requires_grad
+    with pytest.raises(TypeError, match=r"^permute: out must be an array of the kind of the in"):
+        ferromoe.permute(np.ones((2, 2), np.complex64), as_numpy(PLAN), out=out)
+    closed = np.empty((4, 2), np.complex64)
+    closed.flags.writeable = False
+    with pytest.raises(ValueError, match=r"^permute: out must be writable, got a read-only array"):
+        ferromoe.permute(np.ones((2, 2), np.complex64), as_numpy(PLAN), out=closed)
+
+
+def as_numpy(plan: ferromoe.Dispatch) -> ferromoe.Dispatch:
+    return ferromoe.Dispatch(*(array.numpy() for array in plan))
+
+
 def test_an_unknown_backend_is_refused() -> None:
     with (
         pytest.raises(

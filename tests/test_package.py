@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import glob
 import os
 import re
@@ -24,6 +25,15 @@ def run(python: str, code: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def test_type_checkers_see_what_is_loaded_later() -> None:
+    tree = ast.parse(Path(ferromoe.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom) and node.module]
+    seen = {alias.name: f".{node.module}" for node in imports for alias in node.names}
+    assert seen == ferromoe._LATER
+    assert {*seen, "nn"} <= set(ferromoe.__all__)
 
 
 def test_the_import_loads_neither_torch_nor_numpy() -> None:

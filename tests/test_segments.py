@@ -226,3 +226,9 @@ def test_counts_that_are_no_counts_are_refused(
             getattr(ferromoe, op)(torch.zeros(7, 2), counts, 4)
         with pytest.raises(ValueError, match=rf"^{op}: [xy] must have shape \[N, ...\], got \[\]"):
             getattr(ferromoe, op)(torch.zeros(()), [1], 4)
+
+
+def test_counts_may_come_from_an_iterator() -> None:
+    x = torch.ones(3, 1)
+    padded = ferromoe.pad_rows(x, iter([1, 2]), 2)
+    assert torch.equal(padded, ferromoe.pad_rows(x, [1, 2], 2))

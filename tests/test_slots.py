@@ -42,7 +42,7 @@ def test_experts_that_return_the_token_are_a_factor_on_it() -> None:
                 y = down[expert] @ (torch.nn.functional.silu(gate) * up)
             expected[t] += weight * y
     torch.testing.assert_close(out, expected)
-    with pytest.raises(ValueError, match=r"^skip_experts: first must be at least 0, got -1$"):
+    with pytest.raises(ValueError, match=r"^skip_experts: first must lie in 0..2147483646, got -1$"):
         ferromoe.skip_experts(chosen, first=-1)
     arrays = ferromoe.Routing(chosen.topk_weights.numpy(), chosen.topk_ids.numpy())
     with pytest.raises(TypeError, match=r"^skip_experts: topk_weights must be a torch tensor, got"):
@@ -178,8 +178,13 @@ def test_a_block_whose_shared_experts_lie_behind_the_routed_ones(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"first": -1}, "first must be at least 0, got -1"),
-        ({"first": 4, "num": -1}, "num must be at least 0, got -1"),
+        ({"first": -1}, "first must lie in 0..2147483646, got -1"),
+        ({"first": 4, "num": -1}, "num must lie in 0..2147483646, got -1"),
+        ({"first": 2**40}, f"first must lie in 0..2147483646, got {2**40}"),
+        (
+            {"first": 2**31 - 2, "num": 1},
+            r"first \+ num must lie in 0..2147483646, got 2147483647",
+        ),
         (
             {"first": 4, "num": 2, "weight": torch.ones(3)},
             r"weight must broadcast to shape \[6, 2\], got \[3\]",

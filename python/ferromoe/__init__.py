@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .noise import add_noise, jitter, route_noisy, sample_second_choice
     from .router_losses import router_entropy, router_z_loss
     from .selection_bias import update_selection_bias
+    from .slots import append_experts, skip_experts
 
 # Where names stand that are loaded when first asked for: they need torch or transformers.
 _LATER = {

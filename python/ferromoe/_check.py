@@ -178,6 +178,15 @@ def out(op: str, value: Any, result: Any) -> None:
     flags = getattr(value, "flags", None)
     if not (value.is_contiguous() if flags is None else flags["C_CONTIGUOUS"]):
         raise ValueError(f"{op}: out must be contiguous, got a strided array")
+    if flags is not None and not flags["WRITEABLE"]:
+        raise ValueError(f"{op}: out must be writable, got a read-only array")
+    if hasattr(value, "requires_grad") != hasattr(result, "requires_grad"):
+        kinds = " and ".join(type(array).__name__ for array in (result, value))
+        raise TypeError(f"{op}: out must be an array of the kind of the inputs, got {kinds}")
+    if getattr(result, "requires_grad", False):
+        raise ValueError(
+            f"{op}: out must be left out where a gradient is needed, got {type(value).__name__}"
+        )
 
 
 def count(op: str, arg: str, value: int, least: int = 0) -> None:

@@ -202,6 +202,8 @@ def _sizes(
     if not rows.shape:
         raise ValueError(f"{op}: {arg} must have shape [N, ...], got []")
     _check.count(op, "align", align, least=1)
+    if not hasattr(counts, "__dlpack__") and hasattr(counts, "__iter__"):
+        counts = list(counts)  # an iterator gives its numbers once
     sizes = _integers(op, "counts", counts, rows)
     _check.shape(op, "counts", sizes, "E")
     _check.dtype(op, "counts", sizes, "int32", "int64")

@@ -35,7 +35,7 @@ def skip_experts(routing: Routing, *, first: int) -> tuple[Routing, Tensor]:
     Returns
     -------
     Routing
-        Without these slots: id -1, weight 0.
+        Without these slots: id -1, weight 0; without statistics, which counted them.
     Tensor [..., 1]
         The sum of their weights, with its gradient: a factor on what they stand for. Where that is
         nothing (Zaya's skip), leave it unused.
@@ -43,7 +43,7 @@ def skip_experts(routing: Routing, *, first: int) -> tuple[Routing, Tensor]:
     Raises
     ------
     ValueError
-        If `first` is negative.
+        If `first` is negative or too large for int32 ids.
 
     See Also
     --------
@@ -61,8 +61,7 @@ def skip_experts(routing: Routing, *, first: int) -> tuple[Routing, Tensor]:
     """
     _check.noun("skip_experts", "routing", routing, Routing)
     _check.integers("skip_experts", first=first)
-    if first < 0:
-        raise ValueError(f"skip_experts: first must be at least 0, got {first}")
+    _check.count("skip_experts", "first", first)
     _check.floating("skip_experts", "topk_weights", routing.topk_weights)
     _check.tensor("skip_experts", "topk_ids", routing.topk_ids)
     skipped = routing.topk_ids >= first
@@ -99,7 +98,7 @@ def append_experts(
     Raises
     ------
     ValueError
-        If a number is negative, or `weight` has another shape.
+        If a number is negative or too large for int32 ids, or `weight` has another shape.
     TypeError
         If the weights are no floating-point torch tensor.
 
@@ -120,13 +119,12 @@ def append_experts(
     op = "append_experts"
     _check.noun(op, "routing", routing, Routing)
     _check.integers(op, first=first, num=num)
-    for name, value in (("first", first), ("num", num)):
-        if value < 0:
-            raise ValueError(f"{op}: {name} must be at least 0, got {value}")
+    for name, value in (("first", first), ("num", num), ("first + num", first + num)):
+        _check.count(op, name, value)
     weights, ids = routing.topk_weights, routing.topk_ids
     _check.floating(op, "topk_weights", weights)
     _check.tensor(op, "topk_ids", ids)
-    shape = [*ids.shape[:-1], num]
+    shape, given = [*ids.shape[:-1], num], type(weight).__name__
     if isinstance(weight, Tensor):
         _check.floating(op, "weight", weight)
         got = list(weight.shape)
@@ -134,8 +132,10 @@ def append_experts(
         if len(got) > len(shape) or any(extent not in (1, wanted) for extent, wanted in fits):
             raise ValueError(f"{op}: weight must broadcast to shape {shape}, got {got}")
         added = weight.to(weights.dtype).expand(shape)
-    else:
+    elif hasattr(weight, "__float__") and given != "ndarray":
         added = weights.new_full(shape, weight)
+    else:
+        raise TypeError(f"{op}: weight must be a number or a torch tensor, got {given}")
     experts = torch.arange(first, first + num, dtype=ids.dtype, device=ids.device).expand(shape)
     return routing._replace(
         topk_weights=torch.cat([weights, added], -1), topk_ids=torch.cat([ids, experts], -1)
