@@ -24,6 +24,7 @@ OPERATORS = sorted(
 
 IDS = torch.tensor([[1, 0], [1, -1], [2, 1]])
 PLAN = plan_of(IDS, 3)
+PACKED = ferromoe.prepack(ferromoe.ExpertWeights(torch.rand(3, 10, 4), torch.rand(3, 4, 5)))
 
 
 def leaf(*shape: int) -> Tensor:
@@ -50,6 +51,8 @@ MORE: list[Callable[[], Any]] = [
         leaf(3, 2),
         stats=True,
     )[0],
+    lambda: ferromoe.experts(leaf(3, 4).detach(), PACKED, IDS, leaf(3, 2).detach()),
+    lambda: ferromoe.experts(leaf(0, 4).detach(), PACKED, IDS[:0], leaf(0, 2).detach()),
 ]
 
 

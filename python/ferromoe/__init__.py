@@ -9,6 +9,7 @@ from .experts import experts
 from .grouped import grouped_matmul
 from .moe import moe
 from .permute import permute, permute_slots, unpermute
+from .prepack import batch_invariant, is_batch_invariant, prepack
 from .routing import route
 from .segments import pad_rows, sort_chunks, unpad_rows
 from .topp import experts_per_token, route_topp
@@ -65,6 +66,7 @@ __all__ = [
     "add_noise",
     "append_experts",
     "as_dense",
+    "batch_invariant",
     "convert_coefficient",
     "disable",
     "dispatch",
@@ -74,6 +76,7 @@ __all__ = [
     "experts_per_token",
     "get_num_threads",
     "grouped_matmul",
+    "is_batch_invariant",
     "jitter",
     "limit_capacity",
     "load_balancing_loss",
@@ -84,6 +87,7 @@ __all__ = [
     "padded_offsets",
     "permute",
     "permute_slots",
+    "prepack",
     "record_routing",
     "release_memory",
     "replay_routing",

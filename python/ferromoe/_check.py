@@ -538,3 +538,47 @@ def experts(
     if first:
         shape(op, "x", x, tokens, hidden)
     sentinel(op, no_expert, len(first))
+
+
+def packed_experts(
+    x: Any,
+    gate_up: Sequence[Any],
+    down: Sequence[Any],
+    topk_ids: Any,
+    topk_weights: Any,
+    gate_up_bias: Sequence[Any],
+    down_bias: Sequence[Any],
+    features: Sequence[int],
+    hidden: int,
+    hidden_out: int,
+    packing: str,
+    *options: Any,
+) -> None:
+    op = "experts"
+    tokens = choice(x, topk_ids, topk_weights)
+    for arg, tensors in (
+        ("gate_up", gate_up),
+        ("down", down),
+        ("gate_up_bias", gate_up_bias),
+        ("down_bias", down_bias),
+    ):
+        _like(op, arg, tensors, x)
+    first, last = _shapes(op, "gate_up", gate_up, 4), _shapes(op, "down", down, 4)
+    widths = list(features) * (len(first) if len(features) == 1 else 1)
+    parts = 1 if packing == "ungated" else 2
+
+    def panels(n: int, parts: int, k: int, like: Sequence[int]) -> tuple[int, ...]:
+        *_, columns, group = like
+        return (-(-n * parts // columns), -(-k // group), columns, group)
+
+    vectors = _shapes(op, "gate_up_bias", gate_up_bias, 1), _shapes(op, "down_bias", down_bias, 1)
+    for each, (width, like) in enumerate(zip(widths, first, strict=True)):
+        _extents(op, "gate_up", like, panels(width, parts, hidden, like))
+        _extents(op, "down", last[each], panels(hidden_out, 1, width, like))
+        if vectors[0]:
+            _extents(op, "gate_up_bias", vectors[0][each], (parts * width,))
+        if vectors[1]:
+            _extents(op, "down_bias", vectors[1][each], (hidden_out,))
+    shape(op, "x", x, tokens, hidden)
+    *_, no_expert, _ = options
+    sentinel(op, no_expert, len(first))

@@ -94,6 +94,35 @@ def grouped_matmul_wgrad(
 ) -> Any: ...
 def grouped_sum(grad: Any, expert_offsets: Any, num_experts: int) -> Any: ...
 def measure_limits(seconds: float) -> list[tuple[str, float, str]]: ...
+def packed_experts(
+    x: Any,
+    gate_up: list[Any],
+    down: list[Any],
+    topk_ids: Any,
+    topk_weights: Any,
+    gate_up_bias: list[Any],
+    down_bias: list[Any],
+    features: list[int],
+    hidden: int,
+    hidden_out: int,
+    packing: str,
+    activation: str,
+    limit: float,
+    alpha: float,
+    sentinel: int,
+    weight_on_input: bool,
+    out: Any = None,
+) -> Any: ...
+def prepack(
+    gate_up: list[Any],
+    up: list[Any],
+    down: list[Any],
+    gate_up_bias: list[Any],
+    up_bias: list[Any],
+    packing: str,
+    transposed: bool,
+) -> tuple[list[Any], list[Any], list[Any], list[int], int, int]: ...
+def switch_batch_invariant(on: bool | None = None) -> bool: ...
 def permute(x: Any, slot_of_row: Any, row_of_slot: Any, out: Any = None) -> Any: ...
 def tile_name(dtype: str = "bfloat16") -> str: ...
 def chunk_maps(split_sizes: Any, order: Any, num_rows: int) -> tuple[Any, Any]: ...

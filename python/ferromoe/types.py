@@ -108,6 +108,17 @@ class Activation:
 _BY_NAME = {name: Activation(name) for name in ACTIVATIONS}
 
 
+class Panels(NamedTuple):
+    """What the shapes of packed weights do not tell; made by `prepack`."""
+
+    hidden: int
+    """H."""
+    features: tuple[int, ...]
+    """I of each expert."""
+    hidden_out: int
+    """Width of the result."""
+
+
 @dataclass(frozen=True, eq=False)  # comparing tensors gives tensors
 class ExpertWeights:
     """The weights of a layer's experts, as they lie in memory.
@@ -133,6 +144,8 @@ class ExpertWeights:
         Matrices are stored [in, out] and applied as ``x @ w[e]``.
     activation : Activation or str
         What stands between the two matmuls.
+    panels : Panels, optional
+        Set by `prepack` alone: `gate_up` and `down` then hold panels in the kernels' own order.
 
     Examples
     --------
@@ -150,6 +163,7 @@ class ExpertWeights:
     packing: str = "halves"
     transposed: bool = False
     activation: Any = "silu"
+    panels: Panels | None = None
 
     def __post_init__(self) -> None:
         activation: Any = self.activation
@@ -215,6 +229,8 @@ class ExpertWeights:
     @property
     def hidden(self) -> int:
         """H, the width of the token rows that the experts read."""
+        if self.panels is not None:
+            return self.panels.hidden
         return int(as_list(self.gate_up)[0].shape[-2 if self.transposed else -1])
 
     @property
@@ -224,7 +240,7 @@ class ExpertWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights and biases."""
+        """Bytes of all weights and biases; of packed ones with the padding of the panels."""
         return sum(tensor.nbytes for _, weight in self._named() for tensor in as_list(weight))
 
     def operands(self) -> tuple[Any, ...]:
@@ -241,6 +257,10 @@ class ExpertWeights:
         facts = [f"{self.num_experts} experts", self.packing, str(self.activation), str(self.dtype)]
         if self.transposed:
             facts.insert(2, "transposed")
+        if self.panels is not None:
+            columns = as_list(self.gate_up)[0].shape[-2]
+            facts[1] = f"packed in panels of {columns} columns"
+            facts.append(f"{self.nbytes / 1e6:.1f} MB")
         return f"ExpertWeights({', '.join(facts)})"
 
 

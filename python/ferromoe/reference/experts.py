@@ -150,6 +150,49 @@ def stats_of_rows(
     return counts, peaks, summed(norms.square()).to(wide), summed(weighted).to(wide)
 
 
+def unpacked(panels: Tensor, parts: int, features: int, k: int) -> Tensor:
+    """Return the [parts * features, k] matrix in panels [panels, k / group, columns, group].
+
+    A panel's columns belong to consecutive features, first those of the gates, then of the ups;
+    zeros fill it where features or k end.
+    """
+    columns = panels.transpose(1, 2).flatten(2)  # [panels, columns, k]
+    by_part = columns.reshape(len(columns), parts, -1, columns.shape[2])
+    by_part = by_part.transpose(0, 1).flatten(1, 2)
+    return by_part[:, :features, :k].flatten(0, 1)
+
+
+def packed_experts(
+    x: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_bias: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+    features: Sequence[int],
+    hidden: int,
+    hidden_out: int,
+    packing: str,
+    *options: Any,
+) -> Tensor:
+    """`experts` over weights that `prepack` made."""
+    num_experts = count(gate_up, 4)
+    first: list[Tensor] = []
+    last: list[Tensor] = []
+    for expert in range(num_experts):
+        width = features[expert if len(features) > 1 else 0]
+        into, out_of = of_expert(gate_up, expert, 4), of_expert(down, expert, 4)
+        assert into is not None
+        assert out_of is not None
+        first.append(unpacked(into, 1 if packing == "ungated" else 2, width, hidden))
+        last.append(unpacked(out_of, 1, hidden_out, width))
+    choice = topk_ids, topk_weights
+    return experts(
+        x, first, [], last, *choice, gate_up_bias, [], down_bias, packing, False, *options
+    )
+
+
 def grouped_matmul(
     x: Tensor,
     weight: Sequence[Tensor],

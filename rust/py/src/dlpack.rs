@@ -308,8 +308,8 @@ fn by_library(
     Ok(managed)
 }
 
-/// Dimensions of the largest result: the weights of all experts have three.
-const MAX_DIMS: usize = 4;
+/// Dimensions of the largest result: the packed weights of all experts.
+const MAX_DIMS: usize = 5;
 
 /// An array in memory of ours, which lives until its new owner calls the deleter.
 #[repr(C)]

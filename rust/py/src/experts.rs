@@ -16,15 +16,15 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 /// A list of tensors that stands for one tensor per expert.
-struct Table<'py> {
+pub struct Table<'py> {
     op: &'static str,
     arg: &'static str,
-    views: Vec<View<'py>>,
+    pub views: Vec<View<'py>>,
 }
 
 impl<'py> Table<'py> {
     /// Fails unless every tensor has `x`'s dtype and lies on its device.
-    fn new(
+    pub fn new(
         op: &'static str,
         arg: &'static str,
         list: Vec<Bound<'py, PyAny>>,
@@ -49,7 +49,7 @@ impl<'py> Table<'py> {
     }
 
     /// Extents of each expert's tensor.
-    fn extents<const N: usize>(&self) -> PyResult<Vec<[usize; N]>> {
+    pub fn extents<const N: usize>(&self) -> PyResult<Vec<[usize; N]>> {
         if self.stacked(N) {
             let shape = self.views[0].shape();
             let each = shape[1..].try_into().expect("it has N + 1 dimensions");
@@ -60,19 +60,19 @@ impl<'py> Table<'py> {
     }
 
     /// Each expert's elements.
-    fn slices<T: Pod>(&self, count: usize, dims: usize) -> PyResult<Vec<&[T]>> {
+    pub fn slices<T: Pod>(&self, count: usize, dims: usize) -> PyResult<Vec<&[T]>> {
         if self.stacked(dims) {
             return Ok(pieces(self.views[0].slice()?, count));
         }
         self.views.iter().map(View::slice).collect()
     }
 
-    fn matrices<T: Pod>(&self) -> PyResult<Vec<(&[T], [usize; 2])>> {
+    pub fn matrices<T: Pod>(&self) -> PyResult<Vec<(&[T], [usize; 2])>> {
         let extents = self.extents::<2>()?;
         Ok(self.slices(extents.len(), 2)?.into_iter().zip(extents).collect())
     }
 
-    fn vectors<T: Pod>(&self) -> PyResult<Vec<&[T]>> {
+    pub fn vectors<T: Pod>(&self) -> PyResult<Vec<&[T]>> {
         self.slices(self.extents::<1>()?.len(), 1)
     }
 
@@ -89,35 +89,24 @@ fn pieces<T>(slice: &[T], count: usize) -> Vec<&[T]> {
     (0..count).map(|e| &slice[e * len..(e + 1) * len]).collect()
 }
 
-/// A layer's arguments, as the caller passed them.
-struct Layer<'py> {
-    op: &'static str,
-    x: View<'py>,
+/// The arguments of a layer that are not weights, as the caller passed them.
+pub struct Tokens<'py> {
+    pub x: View<'py>,
     ids: View<'py>,
     weights: View<'py>,
-    tables: [Table<'py>; 6],
-    packing: Packing,
-    transposed: bool,
-    activation: Activation,
     sentinel: i64,
     weight_on_input: bool,
 }
 
-/// The six lists of weights, in the order of the arguments.
-type Lists<'py> = [Vec<Bound<'py, PyAny>>; 6];
-
-const NAMES: [&str; 6] = ["gate_up", "up", "down", "gate_up_bias", "up_bias", "down_bias"];
-
-impl<'py> Layer<'py> {
-    fn new(
+impl<'py> Tokens<'py> {
+    pub fn new(
         op: &'static str,
         x: &Bound<'py, PyAny>,
-        lists: Lists<'py>,
         topk_ids: &Bound<'py, PyAny>,
         topk_weights: &Bound<'py, PyAny>,
-        options: (&str, bool, &str, f64, f64, i64, bool),
+        sentinel: i64,
+        weight_on_input: bool,
     ) -> PyResult<Self> {
-        let (packing, transposed, activation, limit, alpha, sentinel, weight_on_input) = options;
         let x = View::new(op, "x", x)?;
         let ids = View::new(op, "topk_ids", topk_ids)?;
         let weights = View::new(op, "topk_weights", topk_weights)?;
@@ -133,42 +122,10 @@ impl<'py> Layer<'py> {
         if ![Dtype::F32, x.dtype()].contains(&weights.dtype()) {
             return Err(weights.type_error(&format!("float32 or x's {}", x.dtype().name())));
         }
-        let mut tables = Vec::with_capacity(NAMES.len());
-        for (arg, list) in NAMES.into_iter().zip(lists) {
-            tables.push(Table::new(op, arg, list, &x)?);
-        }
-        let activation = Activation { function: function(op, activation)?, limit, alpha };
-        let Ok(tables) = tables.try_into() else { unreachable!("one table per name") };
-        let packing = packing_of(op, packing)?;
-        Ok(Self {
-            op,
-            x,
-            ids,
-            weights,
-            tables,
-            packing,
-            transposed,
-            activation,
-            sentinel,
-            weight_on_input,
-        })
+        Ok(Self { x, ids, weights, sentinel, weight_on_input })
     }
 
-    fn experts<T: Pod + Tiled>(&self) -> PyResult<Experts<'_, T>> {
-        let [gate_up, up, down, gate_up_bias, up_bias, down_bias] = &self.tables;
-        let tensors = Tensors {
-            gate_up: gate_up.matrices()?,
-            up: up.matrices()?,
-            down: down.matrices()?,
-            gate_up_bias: gate_up_bias.vectors()?,
-            up_bias: up_bias.vectors()?,
-            down_bias: down_bias.vectors()?,
-        };
-        Experts::new(self.op, tensors, self.packing, self.transposed, self.activation)
-            .map_err(to_py)
-    }
-
-    fn call<T: Pod + Tiled>(&self) -> PyResult<Call<'_, T>> {
+    pub fn call<T: Pod + Tiled>(&self) -> PyResult<Call<'_, T>> {
         let [tokens, hidden] = self.x.dims("[T, H]")?;
         let topk_ids = match self.ids.dtype() {
             Dtype::I32 => Ids::I32(self.ids.slice()?),
@@ -190,13 +147,72 @@ impl<'py> Layer<'py> {
         })
     }
 
-    fn inputs(&self) -> Vec<&View<'py>> {
-        let weights = self.tables.iter().flat_map(|table| &table.views);
-        [&self.x, &self.ids, &self.weights].into_iter().chain(weights).collect()
+    /// Memory for the result, `out` if it is given.
+    pub fn result(
+        &self,
+        out: Option<&Bound<'py, PyAny>>,
+        shape: &[usize],
+        tables: &[Table<'py>],
+    ) -> PyResult<Output<'py>> {
+        let weights = tables.iter().flat_map(|table| &table.views);
+        let inputs: Vec<_> =
+            [&self.x, &self.ids, &self.weights].into_iter().chain(weights).collect();
+        Output::out_or_empty(out, &self.x, shape, self.x.dtype(), &inputs)
     }
 }
 
-fn function(op: &'static str, name: &str) -> PyResult<Function> {
+/// A layer's arguments, as the caller passed them.
+struct Layer<'py> {
+    op: &'static str,
+    tokens: Tokens<'py>,
+    tables: [Table<'py>; 6],
+    packing: Packing,
+    transposed: bool,
+    activation: Activation,
+}
+
+/// The six lists of weights, in the order of the arguments.
+type Lists<'py> = [Vec<Bound<'py, PyAny>>; 6];
+
+const NAMES: [&str; 6] = ["gate_up", "up", "down", "gate_up_bias", "up_bias", "down_bias"];
+
+impl<'py> Layer<'py> {
+    fn new(
+        op: &'static str,
+        x: &Bound<'py, PyAny>,
+        lists: Lists<'py>,
+        topk_ids: &Bound<'py, PyAny>,
+        topk_weights: &Bound<'py, PyAny>,
+        options: (&str, bool, &str, f64, f64, i64, bool),
+    ) -> PyResult<Self> {
+        let (packing, transposed, activation, limit, alpha, sentinel, weight_on_input) = options;
+        let tokens = Tokens::new(op, x, topk_ids, topk_weights, sentinel, weight_on_input)?;
+        let mut tables = Vec::with_capacity(NAMES.len());
+        for (arg, list) in NAMES.into_iter().zip(lists) {
+            tables.push(Table::new(op, arg, list, &tokens.x)?);
+        }
+        let activation = Activation { function: function(op, activation)?, limit, alpha };
+        let Ok(tables) = tables.try_into() else { unreachable!("one table per name") };
+        let packing = packing_of(op, packing)?;
+        Ok(Self { op, tokens, tables, packing, transposed, activation })
+    }
+
+    fn experts<T: Pod + Tiled>(&self) -> PyResult<Experts<'_, T>> {
+        let [gate_up, up, down, gate_up_bias, up_bias, down_bias] = &self.tables;
+        let tensors = Tensors {
+            gate_up: gate_up.matrices()?,
+            up: up.matrices()?,
+            down: down.matrices()?,
+            gate_up_bias: gate_up_bias.vectors()?,
+            up_bias: up_bias.vectors()?,
+            down_bias: down_bias.vectors()?,
+        };
+        Experts::new(self.op, tensors, self.packing, self.transposed, self.activation)
+            .map_err(to_py)
+    }
+}
+
+pub fn function(op: &'static str, name: &str) -> PyResult<Function> {
     Ok(match name {
         "silu" => Function::Silu,
         "gelu" => Function::Gelu,
@@ -211,7 +227,7 @@ fn function(op: &'static str, name: &str) -> PyResult<Function> {
     })
 }
 
-fn packing_of(op: &'static str, name: &str) -> PyResult<Packing> {
+pub fn packing_of(op: &'static str, name: &str) -> PyResult<Packing> {
     Ok(match name {
         "halves" => Packing::Halves,
         "interleaved" => Packing::Interleaved,
@@ -257,14 +273,13 @@ pub fn experts<'py>(
     let lists = [gate_up, up, down, gate_up_bias, up_bias, down_bias];
     let options = (packing, transposed, activation, limit, alpha, sentinel, weight_on_input);
     let layer = Layer::new(OP, x, lists, topk_ids, topk_weights, options)?;
-    if layer.x.device() != Device::Cpu {
+    if layer.tokens.x.device() != Device::Cpu {
         return Err(no_kernel(OP));
     }
-    with_float!(layer.x, T, {
-        let (call, experts) = (layer.call::<T>()?, layer.experts::<T>()?);
+    with_float!(layer.tokens.x, T, {
+        let (call, experts) = (layer.tokens.call::<T>()?, layer.experts::<T>()?);
         let shape = [call.tokens, experts.hidden_out];
-        let mut out =
-            Output::out_or_empty(out, &layer.x, &shape, layer.x.dtype(), &layer.inputs())?;
+        let mut out = layer.tokens.result(out, &shape, &layer.tables)?;
         let values = out.slice_mut::<T>()?;
         run(py, || core::forward(&call, &experts, values, None))?;
         Ok(out.into_array())
@@ -296,14 +311,14 @@ pub fn experts_stats<'py>(
     let lists = [gate_up, up, down, gate_up_bias, up_bias, down_bias];
     let options = (packing, transposed, activation, limit, alpha, sentinel, weight_on_input);
     let layer = Layer::new(OP, x, lists, topk_ids, topk_weights, options)?;
-    if layer.x.device() != Device::Cpu {
+    if layer.tokens.x.device() != Device::Cpu {
         return Err(no_kernel(OP));
     }
-    with_float!(layer.x, T, {
-        let (call, experts) = (layer.call::<T>()?, layer.experts::<T>()?);
-        let empty = |shape: &[usize], dtype| Output::empty(&layer.x, shape, dtype);
+    with_float!(layer.tokens.x, T, {
+        let (call, experts) = (layer.tokens.call::<T>()?, layer.experts::<T>()?);
+        let empty = |shape: &[usize], dtype| Output::empty(&layer.tokens.x, shape, dtype);
         let (count, wide) = (experts.count(), <T as Element>::Acc::DTYPE);
-        let mut out = empty(&[call.tokens, experts.hidden_out], layer.x.dtype())?;
+        let mut out = empty(&[call.tokens, experts.hidden_out], layer.tokens.x.dtype())?;
         let mut counts = empty(&[count], Dtype::I32)?;
         let mut max_abs = empty(&[count], wide)?;
         let mut sum_squares = empty(&[count], wide)?;
@@ -360,24 +375,25 @@ pub fn experts_backward<'py>(
     let lists = [gate_up, up, down, gate_up_bias, up_bias, down_bias];
     let options = (packing, transposed, activation, limit, alpha, sentinel, weight_on_input);
     let layer = Layer::new(OP, x, lists, topk_ids, topk_weights, options)?;
-    if layer.x.device() != Device::Cpu {
+    if layer.tokens.x.device() != Device::Cpu {
         return Err(no_kernel(OP));
     }
     let grad = View::new(OP, "grad", grad)?;
     let empty = |view: &View<'py>| Output::empty(view, view.shape(), view.dtype());
-    let mut dx = needs.0.then(|| empty(&layer.x)).transpose()?;
-    let mut dw = needs.3.then(|| empty(&layer.weights)).transpose()?;
+    let mut dx = needs.0.then(|| empty(&layer.tokens.x)).transpose()?;
+    let mut dw = needs.3.then(|| empty(&layer.tokens.weights)).transpose()?;
     let mut lists = Vec::with_capacity(layer.tables.len());
     for (i, table) in layer.tables.iter().enumerate() {
         let wanted = if i < 3 { needs.1 } else { needs.2 };
         let views = if wanted { &table.views[..] } else { &[] };
         lists.push(views.iter().map(empty).collect::<PyResult<Vec<_>>>()?);
     }
-    with_float!(layer.x, T, {
-        let (call, experts) = (layer.call::<T>()?, layer.experts::<T>()?);
+    with_float!(layer.tokens.x, T, {
+        let (call, experts) = (layer.tokens.call::<T>()?, layer.experts::<T>()?);
         check_shape(OP, "grad", grad.shape(), &[call.tokens, experts.hidden_out]).map_err(to_py)?;
         let grad = grad.slice::<T>()?;
-        let mut sums = vec![Default::default(); if needs.3 { layer.weights.len() } else { 0 }];
+        let mut sums =
+            vec![Default::default(); if needs.3 { layer.tokens.weights.len() } else { 0 }];
         let mut slices = Vec::with_capacity(lists.len());
         for (i, list) in lists.iter_mut().enumerate() {
             slices.push(each_mut::<T>(list, experts.count(), if i < 3 { 2 } else { 1 })?);
@@ -390,7 +406,7 @@ pub fn experts_backward<'py>(
             Gradients { x, gate_up, up, down, gate_up_bias, up_bias, down_bias, topk_weights };
         run(py, || core::backward(grad, &call, &experts, gradients))?;
         if let Some(dw) = &mut dw {
-            match layer.weights.dtype() {
+            match layer.tokens.weights.dtype() {
                 Dtype::F32 => narrow(&sums, dw.slice_mut::<f32>()?),
                 _ => narrow(&sums, dw.slice_mut::<T>()?),
             }
@@ -412,7 +428,7 @@ pub fn experts_backward<'py>(
 }
 
 /// Each expert's part of a list of outputs.
-fn each_mut<'a, T: Pod>(
+pub fn each_mut<'a, T: Pod>(
     list: &'a mut [Output<'_>],
     count: usize,
     dims: usize,

@@ -13,6 +13,7 @@ mod machine;
 mod memory;
 mod output;
 mod permute;
+mod prepack;
 mod routing;
 mod run;
 mod team;
@@ -40,6 +41,8 @@ mod _core {
     use super::memory::{kept_memory, release_memory};
     #[pymodule_export]
     use super::permute::{chunk_maps, permute, unpermute, unpermute_backward};
+    #[pymodule_export]
+    use super::prepack::{packed_experts, prepack, switch_batch_invariant};
     #[pymodule_export]
     use super::routing::{
         check_route, route, route_backward, route_stats, route_stats_backward, route_topp,

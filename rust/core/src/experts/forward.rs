@@ -57,6 +57,12 @@ fn run<T: Tiled, A: Operand<T>>(
     }
 }
 
+/// Pairs of panels with gate and up that a task should take at least: two, which few rows read at
+/// once, where that leaves enough tasks for the threads.
+fn panel_pairs(width: usize, cols: usize) -> usize {
+    (width / cols / (4 * threads::num_threads())).clamp(1, 2)
+}
+
 /// `act(gate, up)` of every plan row, `[R, I]` with the widest expert's I.
 fn first_stage<T: Tiled, A: Operand<T>>(
     tile: &Tile<T, A>,
@@ -72,7 +78,9 @@ fn first_stage<T: Tiled, A: Operand<T>>(
         columns_per_task(width * units.len(), tile.cols, true)
     } else {
         let row_bytes = 2 * call.hidden.max(1) * size_of::<T>();
-        (TASK_BYTES / row_bytes / tile.cols).max(1) * tile.cols
+        let least =
+            if experts.is_packed() { panel_pairs(width * units.len(), tile.cols) } else { 1 };
+        (TASK_BYTES / row_bytes / tile.cols).max(least) * tile.cols
     };
     let col_cuts = cuts(width, step);
     let grid = Grid::new(&mut middle, width, &row_cuts, &col_cuts);

@@ -11,6 +11,7 @@ mod backward;
 
 mod forward;
 mod grouped;
+mod panels;
 mod product;
 mod stats;
 #[cfg(test)]
@@ -23,6 +24,7 @@ pub use activation::{Activation, Function};
 pub use backward::{Gradients, backward};
 pub use forward::forward;
 pub use grouped::{grouped_matmul, grouped_sum, grouped_wgrad};
+pub use panels::{Format, prepack};
 pub use stats::Statistics;
 pub use tile::Tiled;
 pub use weights::{Experts, Packing, Tensors};
@@ -34,10 +36,27 @@ use crate::dtype::Accumulator;
 use crate::error::{Error, Result, check_shape};
 use crate::{Element, threads};
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tile::Operand;
 
 /// Multiply-adds that pay for waking a second thread.
 const GRAIN: usize = 1 << 16;
+
+static BATCH_INVARIANT: AtomicBool = AtomicBool::new(false);
+
+/// Says whether a row's results must not depend on the other rows of a call, and returns what held
+/// before.
+///
+/// Sums over few rows are otherwise taken in another order than sums over many, which is faster.
+/// Weights that were packed need no such switch.
+pub fn set_batch_invariant(on: bool) -> bool {
+    BATCH_INVARIANT.swap(on, Ordering::Relaxed)
+}
+
+/// What [`set_batch_invariant`] was told last.
+pub fn batch_invariant() -> bool {
+    BATCH_INVARIANT.load(Ordering::Relaxed)
+}
 
 /// Expert ids as they lie in memory.
 #[derive(Debug, Clone, Copy)]

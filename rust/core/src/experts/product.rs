@@ -3,6 +3,7 @@
 
 use super::tile::{AXPY_ROWS, DOT_ROWS, Operand, Tile, Tiled, fetch};
 use super::weights::{Matrix, Part, Projection};
+use super::{batch_invariant, panels};
 use crate::grid::Cell;
 use crate::{Element, arena};
 use std::ops::Range;
@@ -17,7 +18,9 @@ const CACHE: usize = 768 << 10;
 ///
 /// Calls `each(row, run, first, second)` with the accumulators of a run of features for every row
 /// of `rows`, in each of the two parts (`second` is empty where there is one part). Each result is
-/// the same whatever `features` it is computed among.
+/// the same whatever `features` it is computed among; and whatever the other rows are, if the
+/// weights were packed before or [`batch_invariant`] asks for it: then every sum is a panel's,
+/// however few the rows.
 pub(super) fn product<T: Tiled, A: Operand<T>>(
     tile: &Tile<T, A>,
     rows: &[&[A]],
@@ -28,9 +31,13 @@ pub(super) fn product<T: Tiled, A: Operand<T>>(
     if rows.is_empty() || features.is_empty() {
         return;
     }
+    if let Some(panels) = projection.panels {
+        return panels::product(tile, rows, projection, panels, features, each);
+    }
     let parts = projection.parts().count();
     let along_n = projection.parts().any(|part| part.matrix.along_n);
-    if rows.len() <= if along_n { FEW_ALONG_N } else { tile.few } {
+    let few = if along_n { FEW_ALONG_N } else { tile.few };
+    if rows.len() <= few && !batch_invariant() {
         let width = features.len() * projection.per_feature;
         let mut sums = arena::take::<T::Acc>(rows.len() * parts * width);
         sums.fill(T::Acc::default());
@@ -116,7 +123,7 @@ fn columns<T>(projection: &Projection<'_, T>, features: &Range<usize>) -> Range<
 }
 
 /// Chunks of at most `most`, none much shorter than another: 7 is 4 + 3, not 6 + 1.
-fn even_chunks<T>(rows: &[T], most: usize) -> impl Iterator<Item = &[T]> {
+pub(super) fn even_chunks<T>(rows: &[T], most: usize) -> impl Iterator<Item = &[T]> {
     let count = rows.len().div_ceil(most).max(1);
     let mut rest = rows;
     (0..count).map(move |i| {
@@ -126,7 +133,7 @@ fn even_chunks<T>(rows: &[T], most: usize) -> impl Iterator<Item = &[T]> {
     })
 }
 
-fn add_biases<T: Element>(
+pub(super) fn add_biases<T: Element>(
     projection: &Projection<'_, T>,
     features: &Range<usize>,
     first: &mut [T::Acc],

@@ -189,6 +189,55 @@ fn not_a_number_stays_with_its_token_and_its_slot() {
     assert_eq!(bits(&clean[2 * HIDDEN..]), bits(&dirty[2 * HIDDEN..]));
 }
 
+/// The first `tokens` tokens of a layer, computed with weights that were packed.
+fn packed_forward(layer: &Layer, tokens: usize) -> Vec<f32> {
+    let (natural, format) = (layer.experts(), Format::of::<f32>().unwrap());
+    let sizes = [format.shape(FEATURES, 2, HIDDEN), format.shape(HIDDEN, 1, FEATURES)];
+    let sizes = sizes.map(|shape| shape.iter().product::<usize>());
+    // Packing overwrites everything, padding too.
+    let mut panels = sizes.map(|size| vec![f32::NAN; EXPERTS * size]);
+    let [gate_up, down] = &mut panels;
+    prepack(
+        &natural,
+        gate_up.chunks_exact_mut(sizes[0]).collect(),
+        down.chunks_exact_mut(sizes[1]).collect(),
+    )
+    .unwrap();
+    assert!(panels.iter().flatten().all(|value| value.is_finite()));
+    let tensors = Tensors {
+        gate_up: panels[0].chunks_exact(sizes[0]).map(|w| (w, [2 * FEATURES, HIDDEN])).collect(),
+        down: panels[1].chunks_exact(sizes[1]).map(|w| (w, [HIDDEN, FEATURES])).collect(),
+        up: Vec::new(),
+        gate_up_bias: Vec::new(),
+        up_bias: Vec::new(),
+        down_bias: Vec::new(),
+    };
+    let experts =
+        Experts::packed("experts", tensors, Packing::Halves, natural.activation, format).unwrap();
+    let mut out = vec![f32::NAN; tokens * HIDDEN];
+    let call = Call {
+        x: &layer.x[..tokens * HIDDEN],
+        tokens,
+        topk_ids: Ids::I32(&layer.ids[..tokens * TOP_K]),
+        topk_weights: TopkWeights::Float(&layer.topk_weights[..tokens * TOP_K]),
+        ..layer.call()
+    };
+    forward(&call, &experts, &mut out, None).unwrap();
+    out
+}
+
+#[test]
+fn packed_weights_give_the_same_layer_and_bits_that_know_no_company() {
+    let layer = Layer::new();
+    let all = packed_forward(&layer, TOKENS);
+    for (packed, natural) in all.iter().zip(layer.forward()) {
+        assert!((packed - natural).abs() < 1e-3, "{packed} is not {natural}");
+    }
+    for tokens in [1, 2, 3, 7, 20] {
+        assert_eq!(bits(&packed_forward(&layer, tokens)), bits(&all[..tokens * HIDDEN]));
+    }
+}
+
 #[test]
 fn an_id_that_is_no_expert_is_told_with_its_slot() {
     let mut layer = Layer::new();

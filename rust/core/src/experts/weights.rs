@@ -1,6 +1,7 @@
 //! The experts as they lie in memory; the one place that knows a layout.
 
 use super::activation::{Activation, Function};
+use super::panels::Format;
 use crate::Element;
 use crate::error::{Error, Result, check_shape};
 
@@ -36,6 +37,19 @@ impl<'a, T> Matrix<'a, T> {
         assert_eq!(data.len(), rows * cols);
         let (n, k) = if transposed { (cols, rows) } else { (rows, cols) };
         Self { data, stride: cols, n, k, along_n: transposed }
+    }
+
+    /// The extents of weights that lie elsewhere.
+    fn packed([n, k]: [usize; 2]) -> Self {
+        Self { data: &[], stride: k, n, k, along_n: false }
+    }
+
+    /// The weight of column `n` at `k`.
+    pub fn at(&self, n: usize, k: usize) -> T
+    where
+        T: Copy,
+    {
+        self.data[if self.along_n { k * self.stride + n } else { n * self.stride + k }]
     }
 
     /// Columns `first..first + n` of the result.
@@ -91,12 +105,28 @@ pub struct Projection<'a, T> {
     pub parts: [Option<Part<'a, T>>; 2],
     /// 2 where gate and up stand in turn, else 1.
     pub per_feature: usize,
+    /// The weights of both parts where they were packed: panels of the tile's format, of as many
+    /// features each as have room. The matrices of the parts have extents alone then.
+    pub panels: Option<&'a [T]>,
 }
 
 impl<'a, T> Projection<'a, T> {
     /// A projection whose columns are its features.
     pub fn plain(matrix: Matrix<'a, T>, bias: &'a [T]) -> Self {
-        Self { parts: [Some(Part { matrix, bias, first: 0 }), None], per_feature: 1 }
+        let parts = [Some(Part { matrix, bias, first: 0 }), None];
+        Self { parts, per_feature: 1, panels: None }
+    }
+
+    /// Columns of each feature: 2 where there are gate and up.
+    pub fn columns_of_feature(&self) -> usize {
+        self.parts().count() * self.per_feature
+    }
+
+    /// The gate (`which` 0) or the up (1) of a feature: its part, and its column there.
+    pub fn column(&self, feature: usize, which: usize) -> (&Part<'a, T>, usize) {
+        let (part, column) =
+            if self.per_feature == 2 { (0, 2 * feature + which) } else { (which, feature) };
+        (self.parts[part].as_ref().expect("a column has a part"), column)
     }
 
     /// Its parts.
@@ -146,6 +176,8 @@ pub struct Experts<'a, T> {
     tensors: Tensors<'a, T>,
     packing: Packing,
     transposed: bool,
+    /// The tensors of weights hold panels; the extents beside them are those of the matrices.
+    panels: Option<Format>,
     /// Between the two projections.
     pub activation: Activation,
     /// Width of x.
@@ -197,7 +229,8 @@ impl<'a, T: Element> Experts<'a, T> {
         let flip = |[rows, cols]: [usize; 2]| if transposed { [cols, rows] } else { [rows, cols] };
         let hidden = tensors.gate_up.first().map_or(0, |(_, extents)| flip(*extents)[1]);
         let hidden_out = tensors.down.first().map_or(0, |(_, extents)| flip(*extents)[0]);
-        let experts = Self { tensors, packing, transposed, activation, hidden, hidden_out };
+        let panels = None;
+        let experts = Self { tensors, packing, transposed, panels, activation, hidden, hidden_out };
         let tensors = &experts.tensors;
         for e in 0..count {
             let wide = flip(tensors.gate_up[e].1)[0];
@@ -228,6 +261,32 @@ impl<'a, T: Element> Experts<'a, T> {
         Ok(experts)
     }
 
+    /// Weights that [`super::prepack`] has packed: gate and up in halves, or no up, and panels for
+    /// data beside the extents `[n, k]` of the matrices.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] and [`Error::Value`] name the tensor that does not fit.
+    pub fn packed(
+        op: &'static str,
+        tensors: Tensors<'a, T>,
+        packing: Packing,
+        activation: Activation,
+        format: Format,
+    ) -> Result<Self> {
+        let mut experts = Self::new(op, tensors, packing, false, activation)?;
+        experts.panels = Some(format);
+        for e in 0..experts.count() {
+            for (arg, tensor, projection) in [
+                ("gate_up", experts.tensors.gate_up[e], experts.input(e)),
+                ("down", experts.tensors.down[e], experts.output(e)),
+            ] {
+                check_shape(op, arg, &[tensor.0.len()], &[format.len_of(&projection)])?;
+            }
+        }
+        Ok(experts)
+    }
+
     /// E.
     pub fn count(&self) -> usize {
         self.tensors.down.len()
@@ -241,7 +300,10 @@ impl<'a, T: Element> Experts<'a, T> {
     }
 
     fn matrix(&self, (data, extents): Tensor<'a, T>) -> Matrix<'a, T> {
-        Matrix::new(data, extents, self.transposed)
+        match self.panels {
+            Some(_) => Matrix::packed(extents),
+            None => Matrix::new(data, extents, self.transposed),
+        }
     }
 
     /// I of expert `e`.
@@ -263,22 +325,29 @@ impl<'a, T: Element> Experts<'a, T> {
             Some(Part { matrix: matrix.part(first, n), bias, first })
         };
         let n = self.features(e);
-        match self.packing {
-            Packing::Halves => Projection { parts: [half(0, n), half(n, n)], per_feature: 1 },
-            Packing::Interleaved => Projection { parts: [half(0, 2 * n), None], per_feature: 2 },
-            Packing::Ungated => Projection { parts: [half(0, n), None], per_feature: 1 },
+        let (parts, per_feature) = match self.packing {
+            Packing::Halves => ([half(0, n), half(n, n)], 1),
+            Packing::Interleaved => ([half(0, 2 * n), None], 2),
+            Packing::Ungated => ([half(0, n), None], 1),
             Packing::Separate => {
                 let bias = self.tensors.up_bias.get(e).copied().unwrap_or(&[]);
                 let up = Part { matrix: self.matrix(self.tensors.up[e]), bias, first: 0 };
-                Projection { parts: [half(0, n), Some(up)], per_feature: 1 }
+                ([half(0, n), Some(up)], 1)
             }
-        }
+        };
+        Projection { parts, per_feature, panels: self.panels.map(|_| self.tensors.gate_up[e].0) }
     }
 
     /// From the features of expert `e` to the result.
     pub fn output(&self, e: usize) -> Projection<'a, T> {
         let bias = self.tensors.down_bias.get(e).copied().unwrap_or(&[]);
-        Projection::plain(self.matrix(self.tensors.down[e]), bias)
+        let panels = self.panels.map(|_| self.tensors.down[e].0);
+        Projection { panels, ..Projection::plain(self.matrix(self.tensors.down[e]), bias) }
+    }
+
+    /// Whether the weights lie in panels.
+    pub fn is_packed(&self) -> bool {
+        self.panels.is_some()
     }
 
     /// Whether neighbours in memory are neighbours along the columns of the products.

@@ -2,7 +2,7 @@
 #![allow(unsafe_code, reason = "functions of CPU features that Isa::detect has seen")]
 
 use super::Tile;
-use super::lanes::{self, Ahead, Widen, by_dot_rows, by_shape};
+use super::lanes::{self, Ahead, Widen, by_dot_rows, by_panels, by_shape};
 use crate::Element;
 use crate::experts::activation::{self, Activation};
 use half::{bf16, f16};
@@ -26,6 +26,7 @@ where
         few: 12,
         group: 1,
         panel,
+        stored,
         dot,
         axpy,
         pack_rows,
@@ -52,7 +53,27 @@ unsafe fn panel<T: Element<Acc = f32>>(
     let (panel, out) = (panel.as_ptr(), out.as_mut_ptr());
     // SAFETY: lengths as asserted by `Tile::panel`.
     by_shape!(rows.len(), width.div_ceil(8), [1, 2], |M, V| unsafe {
-        lanes::panel::<__m256, M, V>(rows, k, panel, COLS, ahead, out);
+        lanes::panels::<__m256, f32, M, V, 1>(rows, k, [panel], COLS, ahead, out);
+    });
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn stored<T: Element<Acc = f32>>(
+    _: &Tile<T, f32>,
+    rows: &[&[f32]],
+    k: usize,
+    panels: &[&[T]],
+    ahead: &[T],
+    out: &mut [f32],
+) where
+    __m256: Widen<T>,
+{
+    const V: usize = COLS / 8;
+    let ahead = Ahead::new(ahead, k);
+    let out = out.as_mut_ptr();
+    // SAFETY: lengths as asserted by `Tile::stored`.
+    by_panels!(rows.len(), panels.len(), |M, S| unsafe {
+        lanes::panels::<__m256, T, M, V, S>(rows, k, lanes::starts(panels), COLS, ahead, out);
     });
 }
 

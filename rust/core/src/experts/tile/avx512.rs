@@ -7,7 +7,7 @@
 )]
 
 use super::Tile;
-use super::lanes::{self, Ahead, Lanes, Widen, by_dot_rows, by_shape};
+use super::lanes::{self, Ahead, Lanes, Widen, by_dot_rows, by_panels, by_shape};
 use crate::Element;
 use crate::experts::activation::{self, Activation};
 use half::{bf16, f16};
@@ -32,6 +32,7 @@ where
         few: 16,
         group: 1,
         panel,
+        stored,
         dot,
         axpy,
         pack_rows,
@@ -149,7 +150,27 @@ unsafe fn panel<T: Element<Acc = f32>>(
     let (panel, out) = (panel.as_ptr(), out.as_mut_ptr());
     // SAFETY: lengths as asserted by `Tile::panel`.
     by_shape!(rows.len(), width.div_ceil(16), [1, 2, 3, 4], |M, V| unsafe {
-        lanes::panel::<__m512, M, V>(rows, k, panel, COLS, ahead, out);
+        lanes::panels::<__m512, f32, M, V, 1>(rows, k, [panel], COLS, ahead, out);
+    });
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn stored<T: Element<Acc = f32>>(
+    _: &Tile<T, f32>,
+    rows: &[&[f32]],
+    k: usize,
+    panels: &[&[T]],
+    ahead: &[T],
+    out: &mut [f32],
+) where
+    __m512: Widen<T>,
+{
+    const V: usize = COLS / 16;
+    let ahead = Ahead::new(ahead, k);
+    let out = out.as_mut_ptr();
+    // SAFETY: lengths as asserted by `Tile::stored`.
+    by_panels!(rows.len(), panels.len(), |M, S| unsafe {
+        lanes::panels::<__m512, T, M, V, S>(rows, k, lanes::starts(panels), COLS, ahead, out);
     });
 }
 

@@ -12,7 +12,7 @@
 
 use super::Tile;
 use super::avx512::{self, COLS, STREAMS};
-use super::lanes::{Ahead, Lanes, by_dot_rows, by_shape, transpose};
+use super::lanes::{self, Ahead, Lanes, by_dot_rows, by_panels, by_shape, transpose};
 use half::bf16;
 use std::arch::x86_64::*;
 
@@ -23,6 +23,7 @@ pub(super) static BF16: Tile<bf16, bf16> = Tile {
     few: 24,
     group: 2,
     panel,
+    stored,
     dot,
     axpy: avx512::axpy::<bf16>,
     pack_rows,
@@ -48,18 +49,36 @@ unsafe fn panel(
     let (panel, out) = (panel.as_ptr().cast(), out.as_mut_ptr());
     // SAFETY: lengths as asserted by `Tile::panel`.
     by_shape!(rows.len(), width.div_ceil(16), [1, 2, 3, 4], |M, V| unsafe {
-        tile::<M, V>(rows, k, panel, ahead, out);
+        tile::<M, V, 1>(rows, k, [panel], ahead, out);
+    });
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+unsafe fn stored(
+    _: &Tile<bf16, bf16>,
+    rows: &[&[bf16]],
+    k: usize,
+    panels: &[&[bf16]],
+    ahead: &[bf16],
+    out: &mut [f32],
+) {
+    let ahead = Ahead::new(ahead, k / 2);
+    let out = out.as_mut_ptr();
+    // SAFETY: lengths as asserted by `Tile::stored`.
+    by_panels!(rows.len(), panels.len(), |M, S| unsafe {
+        let panels = lanes::starts::<_, S>(panels).map(<*const bf16>::cast::<u32>);
+        tile::<M, { COLS / 16 }, S>(rows, k, panels, ahead, out);
     });
 }
 
 /// # Safety
 ///
-/// As for [`super::lanes::panel`], with panel lines of `COLS` pairs; an odd k is padded with 0.
+/// As for [`super::lanes::panels`], with panel lines of `COLS` pairs; an odd k is padded with 0.
 #[inline(always)]
-unsafe fn tile<const M: usize, const V: usize>(
+unsafe fn tile<const M: usize, const V: usize, const S: usize>(
     rows: &[&[bf16]],
     k: usize,
-    panel: *const u32,
+    panels: [*const u32; S],
     mut ahead: Ahead,
     out: *mut f32,
 ) {
@@ -70,25 +89,33 @@ unsafe fn tile<const M: usize, const V: usize>(
         for m in 0..M {
             a[m] = rows.get_unchecked(m).as_ptr().cast();
         }
-        let mut sum = [[_mm512_setzero_ps(); V]; M];
+        let mut sum = [[[_mm512_setzero_ps(); V]; M]; S];
         for pair in 0..k / 2 {
-            ahead.step();
+            if S == 1 {
+                ahead.step();
+            }
             let mut both = [0; M];
             for m in 0..M {
                 both[m] = a[m].add(pair * 2).cast::<i32>().read_unaligned();
             }
-            step(&mut sum, both, panel.add(pair * COLS));
+            for s in 0..S {
+                step(&mut sum[s], both, panels[s].add(pair * COLS));
+            }
         }
         if k % 2 == 1 {
             let mut alone = [0; M];
             for m in 0..M {
                 alone[m] = i32::from(*a[m].add(k - 1));
             }
-            step(&mut sum, alone, panel.add(k / 2 * COLS));
+            for s in 0..S {
+                step(&mut sum[s], alone, panels[s].add(k / 2 * COLS));
+            }
         }
-        for m in 0..M {
-            for v in 0..V {
-                _mm512_storeu_ps(out.add(m * COLS + v * 16), sum[m][v]);
+        for s in 0..S {
+            for m in 0..M {
+                for v in 0..V {
+                    _mm512_storeu_ps(out.add((s * M + m) * COLS + v * 16), sum[s][m][v]);
+                }
             }
         }
     }

@@ -143,45 +143,53 @@ impl Ahead {
     }
 }
 
-/// `out[m][c] = Σ_k rows[m][k] · panel[k][c]` for `M` rows and `V * N` columns.
+/// `out[s][m][c] = Σ_k rows[m][k] · panels[s][k][c]` for `M` rows, `V * N` columns and `S` panels.
+///
+/// Every sum goes along k in order, whatever the other numbers are.
 ///
 /// # Safety
 ///
-/// The CPU has the features of `L`; `M` rows of `k` values; `k` panel lines of `cols` values and
-/// `M` lines of `out` of `cols` values, `cols >= V * N`.
+/// The CPU has the features of `L`; `M` rows of `k` values; in each panel `k` lines of `cols`
+/// values, and `S * M` lines of `out` of `cols` values, `cols >= V * N`.
 #[inline(always)]
-pub(super) unsafe fn panel<L: Lanes, const M: usize, const V: usize>(
+pub(super) unsafe fn panels<L: Widen<T>, T, const M: usize, const V: usize, const S: usize>(
     rows: &[&[f32]],
     k: usize,
-    panel: *const f32,
+    panels: [*const T; S],
     cols: usize,
     mut ahead: Ahead,
     out: *mut f32,
 ) {
-    // SAFETY: by this function's contract; every access is at an index below k, M or V * N.
+    // SAFETY: by this function's contract; every access is at an index below k, M, S or V * N.
     unsafe {
         let mut a = [std::ptr::null(); M];
         for m in 0..M {
             a[m] = rows.get_unchecked(m).as_ptr();
         }
-        let mut sum = [[L::zero(); V]; M];
+        let mut sum = [[[L::zero(); V]; M]; S];
         for kk in 0..k {
-            let line = panel.add(kk * cols);
-            ahead.step();
-            let mut b = [L::zero(); V];
-            for v in 0..V {
-                b[v] = L::load(line.add(v * L::N));
+            if S == 1 {
+                ahead.step();
             }
-            for m in 0..M {
-                let a = L::splat(*a[m].add(kk));
+            for s in 0..S {
+                let line = panels[s].add(kk * cols);
+                let mut b = [L::zero(); V];
                 for v in 0..V {
-                    sum[m][v] = a.mul_add(b[v], sum[m][v]);
+                    b[v] = L::widen(line.add(v * L::N));
+                }
+                for m in 0..M {
+                    let a = L::splat(*a[m].add(kk));
+                    for v in 0..V {
+                        sum[s][m][v] = a.mul_add(b[v], sum[s][m][v]);
+                    }
                 }
             }
         }
-        for m in 0..M {
-            for v in 0..V {
-                sum[m][v].store(out.add(m * cols + v * L::N));
+        for s in 0..S {
+            for m in 0..M {
+                for v in 0..V {
+                    sum[s][m][v].store(out.add((s * M + m) * cols + v * L::N));
+                }
             }
         }
     }
@@ -415,6 +423,31 @@ macro_rules! by_shape {
     };
 }
 pub(super) use by_shape;
+
+/// Calls `$call` with `M` the number of rows and `S` that of the panels they are multiplied by.
+macro_rules! by_panels {
+    ($rows:expr, $panels:expr, |$m:ident, $s:ident| $call:expr) => {
+        by_panels!(@ ($rows, $panels), |$m, $s| $call;
+            1 1, 1 2, 1 3, 1 4, 2 1, 2 2, 3 1, 3 2, 4 1, 5 1, 6 1)
+    };
+    (@ $shape:expr, |$m:ident, $s:ident| $call:expr; $($r:literal $p:literal),+) => {
+        match $shape {
+            $(($r, $p) => {
+                const $m: usize = $r;
+                const $s: usize = $p;
+                $call
+            })+
+            _ => unreachable!("more panels than `panels_at_once` says"),
+        }
+    };
+}
+pub(super) use by_panels;
+
+/// Where each of `S` panels begins.
+#[inline(always)]
+pub(super) fn starts<T, const S: usize>(panels: &[&[T]]) -> [*const T; S] {
+    std::array::from_fn(|s| panels[s].as_ptr())
+}
 
 /// Calls `$call` with `M` the number of rows of a dot, and `W` the weight rows it takes then.
 macro_rules! by_dot_rows {

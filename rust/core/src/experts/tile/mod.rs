@@ -1,9 +1,10 @@
 //! Register tiles: the innermost products, one file per instruction set, chosen at run time.
 //!
-//! Every product of this crate is made of four steps on borrowed slices:
+//! Every product of this crate is made of a few steps on borrowed slices:
 //!
 //! - many rows: *pack* `cols` columns of the weights into a panel `[k][cols]`, then multiply up to
 //!   `rows` rows at a time by the panel, the results in registers;
+//! - weights that were packed before are *stored* panels, which any number of rows reads;
 //! - few rows: *dot* products straight over weights that lie along k, or *axpy* over weights that
 //!   lie along n. Each weight is read once, at the speed of memory.
 //!
@@ -24,6 +25,7 @@ mod scalar;
 mod tests;
 
 use super::activation::{Activation, Math};
+use super::panels::Format;
 use crate::arena::Plain;
 use crate::error::Result;
 use crate::isa::{self, Isa};
@@ -49,6 +51,7 @@ pub struct Tile<T: Element, A: Element<Acc = T::Acc>> {
     /// Along k, values that stand together in a panel.
     group: usize,
     panel: unsafe fn(&Self, &[&[A]], usize, &[A], usize, &[T], &mut [T::Acc]),
+    stored: unsafe fn(&Self, &[&[A]], usize, &[&[T]], &[T], &mut [T::Acc]),
     dot: unsafe fn(&Self, &[&[A]], usize, &[&[T]], bool, &mut [T::Acc]),
     axpy: unsafe fn(&[T::Acc], &[&[T]], &mut [T::Acc]),
     pack_rows: unsafe fn(&Self, &[&[T]], usize, usize, &mut [A]),
@@ -87,6 +90,30 @@ impl<T: Element, A: Element<Acc = T::Acc>> Tile<T, A> {
         assert!(out.len() >= rows.len() * self.cols);
         // SAFETY: the CPU has the features; lengths as asserted.
         unsafe { (self.panel)(self, rows, k, panel, width, ahead, out) }
+    }
+
+    /// How stored panels lie.
+    pub(super) fn format(&self) -> Format {
+        Format { cols: self.cols, group: self.group }
+    }
+
+    /// `out[s][m][c] = Σ_k rows[m][k] · panels[s][k][c]`; rows of `out` are `cols` wide.
+    ///
+    /// Meanwhile `ahead` is brought into the cache if there is one panel.
+    pub(super) fn stored(
+        &self,
+        rows: &[&[A]],
+        k: usize,
+        panels: &[&[T]],
+        ahead: &[T],
+        out: &mut [T::Acc],
+    ) {
+        assert!((1..=self.rows).contains(&rows.len()) && rows.iter().all(|row| row.len() == k));
+        assert!((1..=panels_at_once(rows.len())).contains(&panels.len()));
+        assert!(panels.iter().all(|panel| panel.len() >= self.panel_len(k)));
+        assert!(out.len() >= panels.len() * rows.len() * self.cols);
+        // SAFETY: the CPU has the features; lengths as asserted.
+        unsafe { (self.stored)(self, rows, k, panels, ahead, out) }
     }
 
     /// `out[m][s] = x[m] · w[s]`, all of length `k`; rows of `out` are `streams(x.len())` wide.
@@ -153,6 +180,16 @@ impl<T: Element, A: Element<Acc = T::Acc>> Tile<T, A> {
     ) {
         // SAFETY: the CPU has the features; the code itself is safe.
         unsafe { (self.gradient)(activation, gate, up, d, value) }
+    }
+}
+
+/// Stored panels that one product of so many rows takes: several where it waits for memory, which
+/// is read faster from several places.
+pub(super) fn panels_at_once(rows: usize) -> usize {
+    match rows {
+        0 | 1 => 4,
+        2 | 3 => 2,
+        _ => 1,
     }
 }
 

@@ -25,6 +25,7 @@ where
         few: 1,
         group: 1,
         panel,
+        stored,
         dot,
         axpy,
         pack_rows,
@@ -43,8 +44,30 @@ fn panel<T: Element, A: Element<Acc = T::Acc>>(
     _ahead: &[T],
     out: &mut [T::Acc],
 ) {
+    multiply(rows, k, panel, out);
+}
+
+fn stored<T: Element, A: Element<Acc = T::Acc>>(
+    _: &Tile<T, A>,
+    rows: &[&[A]],
+    k: usize,
+    panels: &[&[T]],
+    _ahead: &[T],
+    out: &mut [T::Acc],
+) {
+    for (panel, out) in panels.iter().zip(out.chunks_exact_mut(rows.len() * COLS)) {
+        multiply(rows, k, panel, out);
+    }
+}
+
+fn multiply<A: Element, P: Element<Acc = A::Acc>>(
+    rows: &[&[A]],
+    k: usize,
+    panel: &[P],
+    out: &mut [A::Acc],
+) {
     for (row, out) in rows.iter().zip(out.chunks_exact_mut(COLS)) {
-        let mut sum = [T::Acc::default(); COLS];
+        let mut sum = [A::Acc::default(); COLS];
         for (a, line) in row[..k].iter().zip(panel.chunks_exact(COLS)) {
             for (sum, b) in sum.iter_mut().zip(line) {
                 *sum += a.widen() * b.widen();

@@ -15,7 +15,7 @@ fn values<T: Element>(len: usize, seed: usize) -> Vec<T> {
 }
 
 fn slices<T>(all: &[T], width: usize) -> Vec<&[T]> {
-    if width == 0 { vec![&[]; 64] } else { all.chunks_exact(width).collect() }
+    if width == 0 { vec![&[]; 256] } else { all.chunks_exact(width).collect() }
 }
 
 fn sum<T: Element, A: Element<Acc = T::Acc>>(a: &[A], b: impl Fn(usize) -> T) -> f64 {
@@ -27,6 +27,7 @@ const KS: [usize; 14] = [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 77];
 fn check<T: Element, A: Operand<T>>(tile: &Tile<T, A>) {
     for k in KS {
         check_panel(tile, k);
+        check_stored(tile, k);
         check_dot(tile, k);
     }
     check_axpy(tile);
@@ -84,6 +85,33 @@ fn check_panel<T: Element, A: Operand<T>>(tile: &Tile<T, A>, k: usize) {
             for (column, w) in w[..tile.cols].iter().enumerate() {
                 let got = out[row * tile.cols + column].to_f64();
                 assert_eq!(got, sum(x, |k| w[k]), "k {k}, m {m}");
+            }
+        }
+    }
+}
+
+fn check_stored<T: Element, A: Operand<T>>(tile: &Tile<T, A>, k: usize) {
+    let Format { cols, group } = tile.format();
+    let w: Vec<T> = values(4 * cols * k, 8);
+    let w = slices(&w, k);
+    let mut panels = vec![T::default(); 4 * tile.panel_len(k)];
+    for (index, w) in w.iter().enumerate().take(4 * cols) {
+        let panel = &mut panels[index / cols * tile.panel_len(k)..];
+        for (k, w) in w.iter().enumerate() {
+            panel[(k / group * cols + index % cols) * group + k % group] = *w;
+        }
+    }
+    let panels: Vec<_> = slices(&panels, tile.panel_len(k)).into_iter().take(4).collect();
+    let x: Vec<A> = values(tile.rows * k, 1);
+    let x = slices(&x, k);
+    for m in 1..=tile.rows {
+        for count in 1..=panels_at_once(m) {
+            let mut out = vec![T::Acc::default(); count * m * cols];
+            tile.stored(&x[..m], k, &panels[..count], panels[0], &mut out);
+            for (at, out) in out.iter().enumerate() {
+                let (panel, row, column) = (at / cols / m, at / cols % m, at % cols);
+                let want = sum(x[row], |k| w[panel * cols + column][k]);
+                assert_eq!(out.to_f64(), want, "k {k}, m {m}, column {column} of panel {panel}");
             }
         }
     }
