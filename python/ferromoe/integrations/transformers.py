@@ -17,12 +17,14 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
 
 from ..experts import experts
+from ..prepack import prepack as pack
 from ..reference.experts import ACTIVATIONS, activate
 from ..types import Activation, ExpertWeights
 
 NAME = "ferromoe"
 _GATE = "_ferromoe_gate"  # in an experts module's __dict__: what recognise() found
 _BEFORE = "_ferromoe_before"  # in a model's __dict__: its implementation before enable()
+_PACKED = "_ferromoe_packed"  # in an experts module's __dict__: see _packed_weights()
 _BY_CLASS = {
     "SiLUActivation": "silu",
     "GELUActivation": "gelu",
@@ -60,6 +62,8 @@ def ferromoe_experts(
 ) -> Tensor:
     """Run an experts module; transformers calls this in place of its own implementations."""
     weights = expert_weights(self)
+    if _PACKED in self.__dict__ and not _learns(weights, hidden_states, top_k_weights):
+        weights = _packed_weights(self, weights)
     # Under autocast tokens, shares and weights come in dtypes of their own, where transformers'
     # implementations cast; `experts` by itself refuses mixtures that lose something unasked.
     if top_k_weights.dtype not in (torch.float32, weights.dtype):
@@ -73,6 +77,31 @@ def ferromoe_experts(
         row_norm=self.post_expert_norm if self.has_post_expert_norm else None,
     )
     return out.to(hidden_states.dtype)
+
+
+def _learns(weights: ExpertWeights, *inputs: Tensor) -> bool:
+    """Tell whether a call needs the weights themselves: for gradients, or to be traced."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    tensors = [*inputs, *(tensor for tensors in weights.operands() for tensor in tensors)]
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _packed_weights(module: Any, weights: ExpertWeights) -> ExpertWeights:
+    """Return the packed copy of a module's weights, made anew where they have changed."""
+    key = tuple(
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.shape)
+        for tensors in weights.operands()
+        for tensor in tensors
+    )
+    known, packed = module.__dict__[_PACKED]
+    if key != known:
+        module.__dict__[_PACKED] = None, None  # so that two copies never stand side by side
+        with torch.no_grad():
+            packed = pack(weights)
+        module.__dict__[_PACKED] = key, packed
+    found: ExpertWeights = packed
+    return found
 
 
 def _gate_of(module: Any) -> tuple[Activation, str]:
@@ -148,6 +177,8 @@ class Report:
     """(module, gate, layout, path) of each experts module that is ours now."""
     left_alone: list[tuple[str, str]] = field(default_factory=list)
     """(module, why) of each that is not."""
+    packed_bytes: int = 0
+    """Memory of the packed copies that ``prepack=True`` made."""
 
     def __str__(self) -> str:
         lines = [f"ferromoe runs {len(self.reached)} experts modules"]
@@ -158,6 +189,8 @@ class Report:
             rows.append([pattern, str(count), *facts])
         if len(rows) > 1:
             lines += _columns(rows)
+        if self.packed_bytes:
+            lines.append(f"packed copies: {self.packed_bytes / 1e6:.1f} MB beside the weights")
         for (pattern, why), count in _grouped(self.left_alone):
             lines.append(f"left alone: {pattern} ({count}): {why}")
         return "\n".join(lines)
@@ -203,13 +236,18 @@ def _experts_modules(model: Any) -> tuple[dict[str, Any], dict[str, str]]:
     return reached, others
 
 
-def enable(model: Any) -> Report:
+def enable(model: Any, *, prepack: bool = False) -> Report:
     """Run the experts of a transformers model with ferromoe's kernels.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         Any model; for training and inference. Nothing is copied and no weight changes.
+    prepack : bool
+        Keep a copy of each CPU layer's experts in the kernels' own order (see `ferromoe.prepack`):
+        as much memory again as the experts take, told by the report. Calls that need no gradient
+        (under ``torch.no_grad()``, as in ``generate``) and are not traced read it; where weights
+        have changed since, it is made anew.
 
     Returns
     -------
@@ -248,6 +286,10 @@ def enable(model: Any) -> Report:
         by_kernel = activation.function is None and not module.has_post_expert_norm
         path = "kernel" if by_kernel else "kernels around Python"
         report.reached.append((name, str(activation), layout, path))
+        module.__dict__.pop(_PACKED, None)
+        if prepack and by_kernel and module.down_proj.device.type == "cpu":
+            module.__dict__[_PACKED] = None, None
+            report.packed_bytes += _packed_weights(module, expert_weights(module)).nbytes
     return report
 
 
@@ -265,6 +307,7 @@ def disable(model: Any) -> None:
         model.set_experts_implementation(before)
     for module in model.modules():
         module.__dict__.pop(_GATE, None)
+        module.__dict__.pop(_PACKED, None)
 
 
 def _refuse_fp8(self: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,0 +1,92 @@
+"""Models whose experts are kept in the kernels' own order as well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ferromoe
+import ferromoe.integrations.transformers as integration
+from checkpoints import FAMILIES, draw_tokens, make
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each layer that runs, whether its weights were packed."""
+    found: list[bool] = []
+    original = integration.experts
+
+    def experts(x: Any, weights: ferromoe.ExpertWeights, *args: Any, **options: Any) -> Any:
+        found.append(weights.panels is not None)
+        return original(x, weights, *args, **options)
+
+    monkeypatch.setattr(integration, "experts", experts)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_tokens_are_generated(family: str, seen: list[bool]) -> None:
+    model, tokens = make(family), draw_tokens()
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    options["attention_mask"] = torch.ones_like(tokens)
+    expected = model.generate(tokens, **options)
+    ferromoe.enable(model, prepack=True)
+    assert torch.equal(model.generate(tokens, **options), expected)
+    assert seen
+    assert all(seen)
+
+
+def test_the_report_tells_the_bytes() -> None:
+    model = make("mixtral")
+    report = ferromoe.enable(model, prepack=True)
+    weights = [module for module in model.modules() if hasattr(module, "gate_up_proj")]
+    natural = sum(w.gate_up_proj.nbytes + w.down_proj.nbytes for w in weights)
+    assert report.packed_bytes >= natural
+    words = f"packed copies: {report.packed_bytes / 1e6:.1f} MB beside the weights"
+    assert str(report).splitlines()[-1] == words
+    assert ferromoe.enable(model).packed_bytes == 0  # and gives them back
+
+
+def test_a_changed_weight_is_noticed() -> None:
+    model, tokens = make("mixtral"), draw_tokens()
+    experts = next(module for module in model.modules() if hasattr(module, "down_proj"))
+    ferromoe.enable(model, prepack=True)
+    with torch.no_grad():
+        before = model(tokens).logits
+        experts.down_proj.mul_(2)
+        packed = model(tokens).logits
+        ferromoe.enable(model)
+        natural = model(tokens).logits
+    assert not torch.equal(before, packed)
+    torch.testing.assert_close(packed, natural)
+
+
+def test_training_reads_the_weights_themselves(seen: list[bool]) -> None:
+    model, tokens = make("mixtral"), draw_tokens()
+    ferromoe.enable(model, prepack=True)
+    model(tokens).logits.sum().backward()
+    assert not any(seen)
+    assert all(
+        module.down_proj.grad is not None
+        for module in model.modules()
+        if hasattr(module, "down_proj")
+    )
+
+
+def test_one_graph_reads_the_weights_themselves() -> None:
+    model, tokens = make("mixtral"), draw_tokens()
+    ferromoe.enable(model, prepack=True)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected)
+
+
+def test_disable_gives_the_copies_back() -> None:
+    model = make("mixtral")
+    attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
+    ferromoe.enable(model, prepack=True)
+    ferromoe.disable(model)
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
