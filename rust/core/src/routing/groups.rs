@@ -8,6 +8,8 @@ use super::select::{Key, Selector};
 pub struct Groups<A: Real> {
     size: usize,
     fill: A::Key,
+    summed: usize,
+    keep: usize,
     values: Vec<A::Key>,
     best: Vec<i32>,
     kept: Vec<i32>,
@@ -23,30 +25,44 @@ impl<A: Real> Groups<A> {
             A::from_f64(options.group_fill).key()
         };
         let size = experts / options.num_groups;
-        options.grouped().then(|| Self {
+        (options.grouped() && experts > 0).then(|| Self {
             size,
             fill,
-            values: Vec::with_capacity(options.num_groups),
-            best: vec![0; options.summed().min(size)],
-            kept: vec![0; options.topk_groups],
+            summed: options.summed().min(size),
+            keep: options.topk_groups,
+            values: Vec::new(),
+            best: Vec::new(),
+            kept: Vec::new(),
         })
     }
 
-    /// Gives the experts outside the best groups the key of the fill value.
+    /// Gives the experts outside the best groups of each row the key of the fill value.
     #[inline(always)]
-    pub fn mask(&mut self, ranked: &[A], keys: &mut [A::Key], selector: &mut Selector) {
-        self.values.clear();
-        for (values, keys) in ranked.chunks(self.size).zip(keys.chunks(self.size)) {
-            selector.select(keys, &mut self.best);
+    pub fn mask(
+        &mut self,
+        ranked: &[A],
+        keys: &mut [A::Key],
+        experts: usize,
+        selector: &mut Selector,
+    ) {
+        let Self { size, fill, summed, keep, values, best, kept } = self;
+        let groups = experts / *size;
+        best.resize(keys.len() / *size * *summed, 0);
+        kept.resize(keys.len() / experts * *keep, 0);
+        selector.select(keys, *size, best, *summed, *summed);
+        values.clear();
+        for (values_of, best) in ranked.chunks_exact(*size).zip(best.chunks_exact(*summed)) {
             // Best first, so the first sum is of the two largest.
-            let mut best = self.best.iter().map(|&expert| values[expert as usize]);
+            let mut best = best.iter().map(|&expert| values_of[expert as usize]);
             let first = best.next().expect("a group has an expert");
-            self.values.push(best.fold(first, |total, value| total + value).key());
+            values.push(best.fold(first, |total, value| total + value).key());
         }
-        selector.select(&self.values, &mut self.kept);
-        for (group, keys) in keys.chunks_mut(self.size).enumerate() {
-            if !self.kept.contains(&(group as i32)) {
-                keys.fill(self.fill);
+        selector.select(values, groups, kept, *keep, *keep);
+        for (keys, kept) in keys.chunks_exact_mut(experts).zip(kept.chunks_exact(*keep)) {
+            for (group, keys) in keys.chunks_exact_mut(*size).enumerate() {
+                if !kept.contains(&(group as i32)) {
+                    keys.fill(*fill);
+                }
             }
         }
     }

@@ -28,8 +28,8 @@ use crate::dtype::Element;
 use crate::error::{Result, check_shape};
 use crate::simd::{self, Job};
 use groups::Groups;
-use select::{Key, Selector};
-use weigh::{scores, weigh};
+use select::{Key, STRIP, Selector};
+use weigh::{scores, weigh, weigh_few};
 
 /// Chooses `options.top_k` experts per token: `ids [T, K]`, best first, and `weights [T, K]`.
 ///
@@ -89,49 +89,79 @@ impl<T: Element<Acc: Real>> Job for Forward<'_, T> {
         let softmax_of_chosen = options.softmax_of_chosen(bias.is_some());
         let routed = logits.experts - options.num_shared;
         let zero = T::Acc::default();
-        let (mut z, mut s) = (vec![zero; logits.experts], vec![zero; logits.experts]);
-        let changes = bias.is_some() || logits.mask.is_some();
-        let mut changed = vec![zero; if changes { routed } else { 0 }];
-        let mut keys = vec![zero.key(); routed];
-        let mut selector = Selector::default();
+        let strip = STRIP.min(weights.len() / options.slots());
+        let (mut z, mut s) =
+            (vec![zero; strip * logits.experts], vec![zero; strip * logits.experts]);
+        let few = options.is_softmax_of_few(softmax_of_chosen) && logits.mask.is_none();
+        let mut ranked = vec![zero; strip * routed];
+        let mut keys = vec![zero.key(); strip * routed];
+        let mut selector = Selector::new();
         let mut groups = Groups::new(options, routed, logits.mask.is_some());
-        let slots = weights.chunks_mut(options.slots()).zip(ids.chunks_mut(options.slots()));
-        for (token, (weights, ids)) in slots.enumerate() {
-            let token = first + token;
-            logits.load(token, options, &mut z);
-            if ranks_scores {
-                scores(options.score, &z, &mut s);
-            }
-            let available = logits.available(token, options.num_shared);
-            let mut ranked = &(if ranks_scores { &s } else { &z })[..routed];
-            if changes {
-                changed.copy_from_slice(ranked);
-                for (value, &bias) in changed.iter_mut().zip(bias.unwrap_or_default()) {
-                    *value += bias;
+        let parts = weights
+            .chunks_mut(strip * options.slots())
+            .zip(ids.chunks_mut(strip * options.slots()));
+        for (index, (weights, ids)) in parts.enumerate() {
+            let first = first + index * strip;
+            let tokens = weights.len() / options.slots();
+            let (ranked, keys) = (&mut ranked[..tokens * routed], &mut keys[..tokens * routed]);
+            let available = |token| logits.available(first + token, options.num_shared);
+            for token in 0..tokens {
+                let z = &mut z[token * logits.experts..][..logits.experts];
+                let s = &mut s[token * logits.experts..][..logits.experts];
+                let ranked = &mut ranked[token * routed..][..routed];
+                let keys = &mut keys[token * routed..][..routed];
+                logits.load(first + token, options, z);
+                if ranks_scores {
+                    scores(options.score, z, s);
                 }
-                for (value, &available) in changed.iter_mut().zip(available.unwrap_or_default()) {
+                let available = available(token);
+                let values = if ranks_scores { s } else { z };
+                for ((ranked, key), &value) in ranked.iter_mut().zip(&mut *keys).zip(&*values) {
+                    *ranked = value;
+                    *key = value.key();
+                }
+                if let Some(bias) = bias {
+                    let values = values.iter().zip(bias);
+                    for ((ranked, key), (&value, &bias)) in
+                        ranked.iter_mut().zip(&mut *keys).zip(values)
+                    {
+                        *ranked = value + bias;
+                        *key = ranked.key();
+                    }
+                }
+                for (value, &available) in ranked.iter_mut().zip(available.unwrap_or_default()) {
                     if available == 0 {
                         *value = T::Acc::LOWEST;
                     }
                 }
-                ranked = &changed;
+                mask_keys::<T::Acc>(available, keys);
             }
-            for (key, value) in keys.iter_mut().zip(ranked) {
-                *key = value.key();
-            }
-            mask_keys::<T::Acc>(available, &mut keys);
             if let Some(groups) = &mut groups {
-                groups.mask(ranked, &mut keys, &mut selector);
-                mask_keys::<T::Acc>(available, &mut keys); // the fill may have brought them back
+                groups.mask(ranked, keys, routed, &mut selector);
+                for (token, keys) in keys.chunks_exact_mut(routed).enumerate() {
+                    mask_keys::<T::Acc>(available(token), keys); // the fill may have brought them back
+                }
             }
-            let (chosen, shared) = ids.split_at_mut(options.top_k);
-            selector.select(&keys, chosen);
-            if available.is_some() {
-                let empty = |id: &&mut i32| keys[**id as usize] == Key::MIN;
-                chosen.iter_mut().filter(empty).for_each(|id| *id = -1);
+            selector.select(keys, routed, ids, options.slots(), options.top_k);
+            for (token, ids) in ids.chunks_exact_mut(options.slots()).enumerate() {
+                let (chosen, shared) = ids.split_at_mut(options.top_k);
+                if available(token).is_some() {
+                    let keys = &keys[token * routed..];
+                    let empty = |id: &&mut i32| keys[**id as usize] == Key::MIN;
+                    chosen.iter_mut().filter(empty).for_each(|id| *id = -1);
+                }
+                shared.iter_mut().zip(routed..).for_each(|(id, expert)| *id = expert as i32);
             }
-            shared.iter_mut().zip(routed..).for_each(|(id, expert)| *id = expert as i32);
-            weigh(options, ranks_scores, softmax_of_chosen, &z, &mut s, ids, weights);
+            if few {
+                weigh_few(options, &z, logits.experts, ids, weights);
+                continue;
+            }
+            let rows = z.chunks_exact(logits.experts).zip(s.chunks_exact_mut(logits.experts));
+            let outs =
+                weights.chunks_exact_mut(options.slots()).zip(ids.chunks_exact(options.slots()));
+            for ((z, s), (weights, ids)) in rows.zip(outs) {
+                weigh(options, ranks_scores, softmax_of_chosen, z, s, ids, weights);
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! What a router may be asked for, and which combinations make sense.
 
+use super::real::FEW;
 use crate::error::{Error, Result};
 
 /// How a logit becomes a score.
@@ -225,6 +226,12 @@ impl Options {
             && self.score == Score::Softmax
             && self.renorm == Renorm::Sum
             && self.eps == 0.0
+    }
+
+    /// Whether the weights are a softmax of no more experts than [`FEW`], scaled.
+    pub(super) fn is_softmax_of_few(&self, softmax_of_chosen: bool) -> bool {
+        let as_it_is = self.sums_to_one(softmax_of_chosen) || self.renorm == Renorm::None;
+        softmax_of_chosen && self.score == Score::Softmax && as_it_is && self.slots() <= FEW
     }
 
     /// How many of a group's best are summed to its value.

@@ -9,7 +9,7 @@ use crate::dtype::Accumulator;
 /// Lanes of a sum over experts: a warp, two AVX-512 registers, four AVX2 registers.
 const LANES: usize = 32;
 /// The experts of one token are seldom more.
-const FEW: usize = 8;
+pub const FEW: usize = 8;
 
 /// What router arithmetic runs in: `f32`, or `f64` for `f64` logits.
 pub trait Real: Accumulator {
@@ -211,6 +211,27 @@ pub fn softmax<A: Real>(values: &mut [A]) {
     let total = exp_and_sum(values);
     for value in values {
         *value = *value / total;
+    }
+}
+
+/// Softmax in place of rows that end in −∞; the same bits as of each without its end.
+#[inline(always)]
+pub fn softmax_of_few<A: Real>(rows: &mut [[A; FEW]]) {
+    for row in &mut *rows {
+        let max = fold_in::<A, FEW>(row, A::LOWEST, |a, b| if b > a { b } else { a });
+        for value in row {
+            *value = *value - max;
+        }
+    }
+    // In one pass: a row alone would wait for one long chain of operations.
+    for value in rows.as_flattened_mut() {
+        *value = value.exp();
+    }
+    for row in rows {
+        let total = fold_in::<A, FEW>(row, A::default(), |a, b| a + b);
+        for value in row {
+            *value = *value / total;
+        }
     }
 }
 

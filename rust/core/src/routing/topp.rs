@@ -62,7 +62,7 @@ impl<T: Element<Acc: Real>> Job for Batch<'_, T> {
         let zero = T::Acc::default();
         let (mut z, mut s) = (vec![zero; logits.experts], vec![zero; logits.experts]);
         let mut keys = vec![zero.key(); logits.experts];
-        let mut selector = Selector::default();
+        let mut selector = Selector::new();
         for (token, ids) in self.ids.chunks_mut(options.top_k).enumerate() {
             let token = self.first + token;
             logits.load(token, options, &mut z);
@@ -71,7 +71,7 @@ impl<T: Element<Acc: Real>> Job for Batch<'_, T> {
             for (key, z) in keys.iter_mut().zip(&z) {
                 *key = z.key();
             }
-            selector.select(&keys, ids);
+            selector.select(&keys, keys.len(), ids, options.top_k, options.top_k);
             let (mut total, mut kept) = (zero, 0);
             for (rank, id) in ids.iter().enumerate() {
                 if total > p && rank >= self.min_k {

@@ -1,17 +1,21 @@
 //! From logits to weights.
 
 use super::options::{Options, Renorm, Score};
-use super::real::{self, Real};
+use super::real::{self, FEW, Real};
+use super::select::STRIP;
 
 /// Scores of all experts.
 #[inline(always)]
 pub fn scores<A: Real>(score: Score, z: &[A], s: &mut [A]) {
-    s.copy_from_slice(z);
+    let pairs = s.iter_mut().zip(z);
     match score {
-        Score::Softmax => real::softmax(s),
-        Score::Sigmoid => s.iter_mut().for_each(|s| *s = real::sigmoid(*s)),
-        Score::SqrtSoftplus => s.iter_mut().for_each(|s| *s = real::sqrt_softplus(*s)),
-        Score::Identity => {}
+        Score::Softmax => {
+            s.copy_from_slice(z);
+            real::softmax(s);
+        }
+        Score::Sigmoid => pairs.for_each(|(s, &z)| *s = real::sigmoid(z)),
+        Score::SqrtSoftplus => pairs.for_each(|(s, &z)| *s = real::sqrt_softplus(z)),
+        Score::Identity => s.copy_from_slice(z),
     }
 }
 
@@ -64,6 +68,34 @@ pub fn weigh<A: Real>(
     let mut found = found.into_iter();
     for (weight, &id) in weights.iter_mut().zip(ids) {
         *weight = if id < 0 { None } else { found.next() }.unwrap_or_default();
+    }
+}
+
+/// Weights of a strip of tokens where they are a softmax of at most [`FEW`] chosen experts; `z` are
+/// rows of `experts` logits, and no id is −1.
+#[inline(always)]
+pub fn weigh_few<A: Real>(
+    options: &Options,
+    z: &[A],
+    experts: usize,
+    ids: &[i32],
+    weights: &mut [A],
+) {
+    let mut rows = [[A::LOWEST; FEW]; STRIP];
+    let rows = &mut rows[..ids.len() / options.slots()];
+    for ((row, z), ids) in
+        rows.iter_mut().zip(z.chunks_exact(experts)).zip(ids.chunks_exact(options.slots()))
+    {
+        for (value, &id) in row.iter_mut().zip(ids) {
+            *value = z[id as usize];
+        }
+    }
+    real::softmax_of_few(rows);
+    let scale = A::from_f64(options.scale);
+    for (row, weights) in rows.iter().zip(weights.chunks_exact_mut(options.slots())) {
+        for (weight, &value) in weights.iter_mut().zip(row) {
+            *weight = value * scale;
+        }
     }
 }
 
