@@ -42,7 +42,9 @@ def test_experts_that_return_the_token_are_a_factor_on_it() -> None:
                 y = down[expert] @ (torch.nn.functional.silu(gate) * up)
             expected[t] += weight * y
     torch.testing.assert_close(out, expected)
-    with pytest.raises(ValueError, match=r"^skip_experts: first must lie in 0..2147483646, got -1$"):
+    with pytest.raises(
+        ValueError, match=r"^skip_experts: first must lie in 0..2147483646, got -1$"
+    ):
         ferromoe.skip_experts(chosen, first=-1)
     arrays = ferromoe.Routing(chosen.topk_weights.numpy(), chosen.topk_ids.numpy())
     with pytest.raises(TypeError, match=r"^skip_experts: topk_weights must be a torch tensor, got"):
