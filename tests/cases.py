@@ -7,7 +7,7 @@ under ``use_backend("reference")``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -229,6 +229,53 @@ def experts_case(
     return Case(f"experts_{name}", call, draw)
 
 
+def quantized_case(
+    name: str, *, bits: int = 8, bias: bool = False, group: int | None = None, **layout: Any
+) -> Case:
+    """Experts over codes; only tokens, shares and biases may need a gradient."""
+    dense = experts_case(name, bias=bias, **layout)
+
+    def draw(
+        size: Size, dtype: torch.dtype, generator: torch.Generator
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        if group is not None:
+            size = size._replace(hidden=2 * group, intermediate=group)
+        (x, share, *tensors), rest = dense.draw(size, dtype, generator)
+        each = len(tensors) // len(rest["names"])
+        parts = [tensors[i * each : (i + 1) * each] for i in range(len(rest["names"]))]
+        named = dict(zip(rest["names"], parts, strict=True))
+        table = layout.get("table", False)
+        weights = ferromoe.ExpertWeights(
+            **{
+                part: named[part] if table else named[part][0] for part in named if "_b" not in part
+            },
+            packing=layout.get("packing", "halves"),
+            transposed=layout.get("transposed", False),
+            activation=layout.get("activation", SILU),
+        )
+        biases = {part: tensors for part, tensors in named.items() if part.endswith("_bias")}
+        rest = {
+            "ids": rest["ids"],
+            "weights": ferromoe.quantize_experts(weights, bits=bits, group=group),
+            "names": list(biases),
+        }
+        return [x, share, *(tensor for part in biases.values() for tensor in part)], rest
+
+    def call(x: Any, share: Any, *tensors: Any, ids: Any, weights: Any, names: list[str]) -> Any:
+        if names:
+            each = len(tensors) // len(names)
+            biases: dict[str, Any] = {
+                part: list(tensors[i * each : (i + 1) * each]) for i, part in enumerate(names)
+            }
+            if not layout.get("table", False):
+                biases = {part: tensors[0] for part, tensors in biases.items()}
+            weights = replace(weights, **biases)
+        on_input = layout.get("weight_on_input", False)
+        return ferromoe.experts(x, weights, ids, share, weight_on_input=on_input)
+
+    return Case(f"experts_quantized_{name}", call, draw)
+
+
 def grouped_case(name: str, *, transposed: bool = False, bias: bool = False) -> Case:
     """A grouped matmul, with rows after the last expert's."""
 
@@ -372,4 +419,9 @@ CASES = [
     experts_case("table", table=True, bias=True, activation=ferromoe.Activation("relu")),
     experts_case("table_transposed", table=True, transposed=True, packing="separate"),
     experts_case("weight_on_input", weight_on_input=True),
+    quantized_case("halves"),
+    quantized_case("int4", bits=4, transposed=True, packing="interleaved", bias=True),
+    quantized_case("grouped", group=32, packing="separate", bias=True, activation=OSS),
+    quantized_case("int4_grouped", bits=4, group=32, packing="ungated", weight_on_input=True),
+    quantized_case("table", bits=4, table=True, bias=True),
 ]

@@ -45,6 +45,15 @@ def test_natural_weights_know_no_company_on_request(dtype: torch.dtype, packing:
 
 
 @every_dtype
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_know_no_company_on_request(dtype: torch.dtype, bits: int) -> None:
+    layer = Layer(dtype, "halves")
+    weights = ferromoe.quantize_experts(layer.weights, bits=bits)
+    with ferromoe.batch_invariant():
+        assert differing(layer, weights, range(1, 60)) == []
+
+
+@every_dtype
 @pytest.mark.parametrize("transposed", [False, True])
 def test_grouped_matmul_knows_no_company_on_request(dtype: torch.dtype, transposed: bool) -> None:
     with ferromoe.batch_invariant():
@@ -56,6 +65,7 @@ def test_company_shows_where_nobody_asked() -> None:
     layer = Layer(torch.float32, "halves")
     assert differing(layer, layer.weights, EVERY_SIZE) != []
     assert differing_rows(torch.float32, False, EVERY_SIZE) != []
+    assert differing(layer, ferromoe.quantize_experts(layer.weights), range(1, 60)) != []
 
 
 @every_dtype

@@ -19,7 +19,11 @@ from cases import CASES, DTYPES, SIZES, Case, Size
 from ferromoe import ExpertWeights
 from test_isa import HAS, run
 
-LAYERS = [case for case in CASES if case.name.startswith("experts_")]
+LAYERS = [
+    case
+    for case in CASES
+    if case.name.startswith("experts_") and not case.name.startswith("experts_quantized_")
+]
 EXPERTS, WIDTH, HIDDEN = 3, 20, 24
 
 
@@ -170,6 +174,8 @@ def test_what_cannot_be_packed_is_refused() -> None:
         ferromoe.prepack(make(activation=function))
     with pytest.raises(TypeError, match=r"prepack: weights must not be packed yet"):
         ferromoe.prepack(ferromoe.prepack(make()))
+    with pytest.raises(TypeError, match=r"prepack: weights must not be quantised, got ExpertWeig"):
+        ferromoe.prepack(ferromoe.quantize_experts(make()))
     with pytest.raises(TypeError, match=r"prepack: weights must be ExpertWeights, got Tensor"):
         ferromoe.prepack(torch.zeros(3))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"prepack: gate_up must be float32.*, got int32"):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .integrations.recording import RoutingRecord, record_routing, replay_routing
     from .integrations.transformers import disable, enable
     from .noise import add_noise, jitter, route_noisy, sample_second_choice
+    from .quantize import dequantize_experts, quantize_experts
     from .router_losses import router_entropy, router_z_loss
     from .selection_bias import update_selection_bias
     from .slots import append_experts, skip_experts
@@ -35,12 +36,14 @@ _LATER = {
     "append_experts": ".slots",
     "as_dense": ".dense",
     "convert_coefficient": ".balance_losses",
+    "dequantize_experts": ".quantize",
     "disable": ".integrations.transformers",
     "enable": ".integrations.transformers",
     "expert_capacity": ".capacity",
     "jitter": ".noise",
     "limit_capacity": ".capacity",
     "load_balancing_loss": ".balance_losses",
+    "quantize_experts": ".quantize",
     "record_routing": ".integrations.recording",
     "replay_routing": ".integrations.recording",
     "route_expert_choice": ".balanced",
@@ -68,6 +71,7 @@ __all__ = [
     "as_dense",
     "batch_invariant",
     "convert_coefficient",
+    "dequantize_experts",
     "disable",
     "dispatch",
     "enable",
@@ -88,6 +92,7 @@ __all__ = [
     "permute",
     "permute_slots",
     "prepack",
+    "quantize_experts",
     "record_routing",
     "release_memory",
     "replay_routing",

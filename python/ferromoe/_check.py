@@ -582,3 +582,84 @@ def packed_experts(
     shape(op, "x", x, tokens, hidden)
     *_, no_expert, _ = options
     sentinel(op, no_expert, len(first))
+
+
+def experts_quantized(
+    x: Any,
+    gate_up: Sequence[Any],
+    up: Sequence[Any],
+    down: Sequence[Any],
+    gate_up_scale: Sequence[Any],
+    up_scale: Sequence[Any],
+    down_scale: Sequence[Any],
+    topk_ids: Any,
+    topk_weights: Any,
+    gate_up_bias: Sequence[Any],
+    up_bias: Sequence[Any],
+    down_bias: Sequence[Any],
+    packing: str,
+    activation: str,
+    limit: float,
+    alpha: float,
+    no_expert: int,
+    weight_on_input: bool,
+    hidden: int,
+    group: int | None,
+) -> None:
+    op = "experts"
+    tokens = choice(x, topk_ids, topk_weights)
+    biases = {"gate_up_bias": gate_up_bias, "up_bias": up_bias, "down_bias": down_bias}
+    for arg, tensors in biases.items():
+        _like(op, arg, tensors, x)
+    codes = {"gate_up": gate_up, "up": up, "down": down}
+    scales = {"gate_up_scale": gate_up_scale, "up_scale": up_scale, "down_scale": down_scale}
+    for arg, tensors in (codes | scales).items():
+        words = "float32" if arg in scales else "int8, or uint8 for two codes in a byte"
+        for each in tensors:
+            if name_of(each) not in (["float32"] if arg in scales else ["int8", "uint8"]):
+                raise TypeError(f"{op}: {arg} must be {words}, got {name_of(each)}")
+            same_device(op, arg, each, x)
+    vectors = {arg: _shapes(op, arg, tensors, 1) for arg, tensors in biases.items()}
+    code, found = name_of(gate_up[0]), {}
+    for (arg, tensors), (scale, factors) in zip(codes.items(), scales.items(), strict=True):
+        for each in tensors:
+            if name_of(each) != code:
+                words = f"of the dtype of gate_up, {code}"
+                raise TypeError(f"{op}: {arg} must be {words}, got {name_of(each)}")
+        found[arg] = _shapes(op, arg, tensors, 2), _shapes(op, scale, factors, 2)
+        _as_many(op, scale, found[arg][1], len(found[arg][0]))
+    first, last = found["gate_up"][0], found["down"][0]
+    for arg in ("up", "down"):
+        if found[arg][0] or arg == "down" or packing == "separate":
+            _as_many(op, arg, found[arg][0], len(first))
+    for arg, got in vectors.items():
+        if got or (arg == "up_bias" and packing == "separate" and gate_up_bias):
+            _as_many(op, arg, got, len(first))
+    if up and bool(gate_up_bias) != bool(up_bias):
+        words = "be given for gate and up or for neither"
+        raise ValueError(f"{op}: up_bias must {words}, got one of them")
+    per = 2 if packing in ("halves", "interleaved") else 1
+    hidden_out = last[0][0]
+    for each, (wide, _) in enumerate(first):
+        if wide % per:
+            words = "have an even number of gate and up columns"
+            raise ValueError(f"{op}: gate_up must {words}, got {wide}")
+        for arg, n in (("gate_up_bias", wide), ("up_bias", wide), ("down_bias", hidden_out)):
+            if vectors[arg]:
+                _extents(op, arg, vectors[arg][each], (n,))
+    for arg, (matrices, factors) in found.items():
+        for each, matrix in enumerate(matrices):
+            n, k = hidden_out if arg == "down" else first[each][0], hidden
+            if arg == "down":
+                k = first[each][0] // per
+            padded = -(-k // 32) * (32 if code == "int8" else 16)
+            _extents(op, arg, matrix, (n, padded))
+            _extents(op, f"{arg}_scale", factors[each], (n, k // group if group else 1))
+    shape(op, "x", x, tokens, hidden)
+    sentinel(op, no_expert, len(first))
+
+
+def _as_many(op: str, arg: str, got: Sequence[Any], experts: int) -> None:
+    if len(got) != experts:
+        words = f"hold one tensor for each of the {experts} experts"
+        raise ValueError(f"{op}: {arg} must {words}, got {len(got)}")

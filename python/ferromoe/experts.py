@@ -12,6 +12,7 @@ from .dispatch import dispatch
 from .grouped import columns, grouped_matmul
 from .permute import permute, permute_slots, unpermute
 from .prepack import packed_layer
+from .quantized import experts_quantized
 from .types import Dispatch, ExpertStats, ExpertWeights, as_list
 
 _ARGUMENTS = (
@@ -134,8 +135,9 @@ def experts(
     Parameters
     ----------
     x : Tensor [T, H]
-        Token rows, of the dtype of the weights. float32 rows over bfloat16 or float16 weights, as
-        autocast makes them, are computed in the weights' dtype and returned as float32.
+        Token rows, of the dtype of the weights, or of any where those are quantised. float32 rows
+        over bfloat16 or float16 weights, as autocast makes them, are computed in the weights' dtype
+        and returned as float32.
     weights : ExpertWeights
         The experts, in whatever layout they lie; after `prepack` each call is faster.
     topk_ids : Tensor [T, K]
@@ -188,7 +190,13 @@ def experts(
     _check.array("experts", "x", x)
     _check.array("experts", "topk_ids", topk_ids)
     _check.array("experts", "topk_weights", topk_weights)
-    dtype = weights.dtype
+    if weights.quantization is not None and (
+        stats or weights.activation.function is not None or row_norm is not None
+    ):
+        from .quantize import dequantize_experts
+
+        weights = dequantize_experts(weights, x.dtype)  # what no kernel does with codes
+    dtype = x.dtype if weights.quantization is not None else weights.dtype
     if x.dtype != dtype:
         names = str(x.dtype).removeprefix("torch."), str(dtype).removeprefix("torch.")
         if names in (("float32", "bfloat16"), ("float32", "float16")):
@@ -217,8 +225,11 @@ def experts(
     if weights.activation.function is not None or row_norm is not None:
         options = weight_on_input, sentinel, row_norm, stats
         return _by_parts(x, weights, topk_ids, topk_weights, *options)
+    no_expert = -1 if sentinel is None else sentinel
+    if weights.quantization is not None:
+        return experts_quantized(x, weights, topk_ids, topk_weights, no_expert, weight_on_input)
     gate_up, up, down, *biases = weights.operands()
-    last = (*weights.options(), -1 if sentinel is None else sentinel, weight_on_input)
+    last = (*weights.options(), no_expert, weight_on_input)
     if not stats:
         return _experts(x, gate_up, up, down, topk_ids, topk_weights, *biases, *last)
     out, *found = _experts_stats(x, gate_up, up, down, topk_ids, topk_weights, *biases, *last)

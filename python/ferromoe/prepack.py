@@ -38,7 +38,8 @@ def prepack(weights: ExpertWeights) -> ExpertWeights:
     NotImplementedError
         If the activation is a Python function.
     TypeError
-        If `weights` are not ExpertWeights, are packed already, or have no common float dtype.
+        If `weights` are not ExpertWeights, are packed already or quantised, or have no common float
+        dtype.
 
     Examples
     --------
@@ -53,6 +54,10 @@ def prepack(weights: ExpertWeights) -> ExpertWeights:
     _check.noun("prepack", "weights", weights, ExpertWeights)
     if weights.panels is not None:
         raise TypeError("prepack: weights must not be packed yet, got packed ones")
+    if weights.quantization is not None:
+        raise TypeError(
+            f"prepack: weights must not be quantised, got {weights}; pack the original ones"
+        )
     if weights.activation.function is not None:
         raise NotImplementedError(
             "prepack: activation must be a named one, got a Python function, which runs between "
@@ -142,8 +147,9 @@ class batch_invariant:
 
     Holds for the whole process from the call on; at the end of a ``with`` block what held before
     holds again. It concerns `experts` and `grouped_matmul` on the CPU with weights as they lie in
-    the model, where sums over few rows are otherwise taken in a faster order than sums over many.
-    With it, weights are packed for every call: small batches then take several times as long.
+    the model or quantised ones, where sums over few rows are otherwise taken in a faster order than
+    sums over many. With it, weights are packed for every call: small batches then take several
+    times as long.
     After `prepack` the same bits come at full speed, and no switch is needed.
 
     Parameters

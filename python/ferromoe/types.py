@@ -105,6 +105,20 @@ class Activation:
         return self.name if self.limit is None else f"{self.name} up to {self.limit:g}"
 
 
+class Quantization(NamedTuple):
+    """How weights are quantised; made by `quantize_experts`."""
+
+    bits: int
+    """8 or 4."""
+    group: int | None
+    """Weights along a row that share a scale; a whole row where it is None."""
+    hidden: int
+    """H, which padded rows of codes do not tell."""
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits" + (f" in groups of {self.group}" if self.group else "")
+
+
 _BY_NAME = {name: Activation(name) for name in ACTIVATIONS}
 
 
@@ -146,6 +160,8 @@ class ExpertWeights:
         What stands between the two matmuls.
     panels : Panels, optional
         Set by `prepack` alone: `gate_up` and `down` then hold panels in the kernels' own order.
+    gate_up_scale, up_scale, down_scale, quantization
+        Set by `quantize_experts` alone: the matrices then are codes.
 
     Examples
     --------
@@ -164,6 +180,10 @@ class ExpertWeights:
     transposed: bool = False
     activation: Any = "silu"
     panels: Panels | None = None
+    gate_up_scale: Any = None
+    up_scale: Any = None
+    down_scale: Any = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         activation: Any = self.activation
@@ -231,21 +251,28 @@ class ExpertWeights:
         """H, the width of the token rows that the experts read."""
         if self.panels is not None:
             return self.panels.hidden
+        if self.quantization is not None:
+            return self.quantization.hidden
         return int(as_list(self.gate_up)[0].shape[-2 if self.transposed else -1])
 
     @property
     def dtype(self) -> Any:
-        """Dtype of the weights."""
+        """Dtype of the weights: quantised ones are int8, or uint8 for two codes in a byte."""
         return as_list(self.gate_up)[0].dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights and biases; of packed ones with the padding of the panels."""
-        return sum(tensor.nbytes for _, weight in self._named() for tensor in as_list(weight))
+        """Bytes of all weights, scales and biases; of packed ones with the panels' padding."""
+        lists = (*self.operands(), *self.scales())
+        return sum(tensor.nbytes for tensors in lists for tensor in tensors)
 
     def operands(self) -> tuple[Any, ...]:
         """Return the weights as the kernels take them: six lists of tensors."""
         return tuple(as_list(weight) for _, weight in self._named())
+
+    def scales(self) -> tuple[list[Any], ...]:
+        """Return the scales of quantised weights as the kernels take them: three lists."""
+        return tuple(as_list(s) for s in (self.gate_up_scale, self.up_scale, self.down_scale))
 
     def options(self) -> tuple[str, bool, str, float, float]:
         """Return packing, transposed, activation, limit (inf: none) and alpha."""
@@ -254,7 +281,8 @@ class ExpertWeights:
         return self.packing, self.transposed, act.name, limit, float(act.alpha)
 
     def __repr__(self) -> str:
-        facts = [f"{self.num_experts} experts", self.packing, str(self.activation), str(self.dtype)]
+        facts = [f"{self.num_experts} experts", self.packing, str(self.activation)]
+        facts.append(str(self.quantization or self.dtype))
         if self.transposed:
             facts.insert(2, "transposed")
         if self.panels is not None:

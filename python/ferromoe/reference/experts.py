@@ -193,6 +193,93 @@ def packed_experts(
     )
 
 
+CODES = 32
+"""Codes in a block of a row, which ends with zeros."""
+
+
+def dequantize(codes: Tensor, scale: Tensor, k: int) -> Tensor:
+    """float32 weights [.., n, k] of codes and their scales [.., n, groups].
+
+    Codes are int8; or, two in a byte, uint8: in a block of 32, byte i holds code i in its low half
+    and code 16 + i in its high half, each 8 above its value.
+    """
+    if codes.dtype == torch.uint8:
+        halves = codes.unflatten(-1, (-1, CODES // 2))
+        unsigned = torch.cat([halves & 15, halves >> 4], -1).flatten(-2)
+        codes = unsigned.to(torch.int8) - 8
+    return codes[..., :k].float() * scale.repeat_interleave(k // scale.shape[-1], -1)
+
+
+def _dequantized(
+    gate_up: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    scales: Sequence[Sequence[Tensor]],
+    packing: str,
+    hidden: int,
+    dtype: torch.dtype,
+) -> list[list[Tensor]]:
+    """All matrices, as a list of one per expert."""
+    per = 2 if packing in ("halves", "interleaved") else 1
+    made: list[list[Tensor]] = []
+    for codes, scale in zip((gate_up, up, down), scales, strict=True):
+        made.append([])
+        for expert in range(count(codes) if codes else 0):
+            first = of_expert(gate_up, expert, 2)
+            matrix, factor = of_expert(codes, expert, 2), of_expert(scale, expert, 2)
+            assert first is not None
+            assert matrix is not None
+            assert factor is not None
+            k = first.shape[0] // per if codes is down else hidden
+            made[-1].append(dequantize(matrix, factor, k).to(dtype))
+    return made
+
+
+def experts_quantized(
+    x: Tensor,
+    gate_up: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    gate_up_scale: Sequence[Tensor],
+    up_scale: Sequence[Tensor],
+    down_scale: Sequence[Tensor],
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_bias: Sequence[Tensor],
+    up_bias: Sequence[Tensor],
+    down_bias: Sequence[Tensor],
+    packing: str,
+    activation: str,
+    limit: float,
+    alpha: float,
+    sentinel: int,
+    weight_on_input: bool,
+    hidden: int,
+    group: int | None,
+) -> Tensor:
+    """`experts` over the weights that the codes stand for, in x's dtype."""
+    scales = (gate_up_scale, up_scale, down_scale)
+    first, second, last = _dequantized(gate_up, up, down, scales, packing, hidden, x.dtype)
+    return experts(
+        x,
+        first,
+        second,
+        last,
+        topk_ids,
+        topk_weights,
+        gate_up_bias,
+        up_bias,
+        down_bias,
+        packing,
+        False,
+        activation,
+        limit,
+        alpha,
+        sentinel,
+        weight_on_input,
+    )
+
+
 def grouped_matmul(
     x: Tensor,
     weight: Sequence[Tensor],
@@ -263,3 +350,16 @@ def experts_backward(
     dw = next(grads)
     bias_lists = [[next(grads) for _ in part] for part in biases]  # type: ignore[attr-defined]
     return dx, *lists, *bias_lists, dw  # type: ignore[return-value]
+
+
+def experts_quantized_backward(
+    grad: Tensor, x: Tensor, *call: Any
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """Gradients of `experts_quantized`, those of its weights left out."""
+    *args, hidden, _group, needs = call
+    gate_up, up, down, *scales = args[:6]
+    ids, weights, *biases, packing, activation, limit, alpha, sentinel, weight_on_input = args[6:]
+    matrices = _dequantized(gate_up, up, down, scales, packing, hidden, x.dtype)
+    last = (packing, False, activation, limit, alpha, sentinel, weight_on_input, needs)
+    dx, _, _, _, *lists, dw = experts_backward(grad, x, *matrices, ids, weights, *biases, *last)
+    return dx, *lists, dw  # type: ignore[return-value]

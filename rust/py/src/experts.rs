@@ -2,6 +2,7 @@
 
 use crate::error::{no_kernel, to_py};
 use crate::output::Output;
+use crate::quantized::CodedTables;
 use crate::run::run;
 use crate::tensor::{Device, Pod, View};
 use crate::with_float;
@@ -17,8 +18,8 @@ use pyo3::types::PyTuple;
 
 /// A list of tensors that stands for one tensor per expert.
 pub struct Table<'py> {
-    op: &'static str,
-    arg: &'static str,
+    pub op: &'static str,
+    pub arg: &'static str,
     pub views: Vec<View<'py>>,
 }
 
@@ -30,13 +31,23 @@ impl<'py> Table<'py> {
         list: Vec<Bound<'py, PyAny>>,
         x: &View<'py>,
     ) -> PyResult<Self> {
+        let expected = format!("of the dtype of x, {}", x.dtype().name());
+        Self::of(op, arg, list, x, (&[x.dtype()], &expected))
+    }
+
+    /// Fails unless every tensor has one of the dtypes, in words too, and lies where `x` does.
+    pub fn of(
+        op: &'static str,
+        arg: &'static str,
+        list: Vec<Bound<'py, PyAny>>,
+        x: &View<'py>,
+        (dtypes, expected): (&[Dtype], &str),
+    ) -> PyResult<Self> {
         let views: Vec<_> =
             list.into_iter().map(|tensor| View::new(op, arg, &tensor)).collect::<PyResult<_>>()?;
-
         for view in &views {
-            if view.dtype() != x.dtype() {
-                let expected = format!("of the dtype of x, {}", x.dtype().name());
-                return Err(view.type_error(&expected));
+            if !dtypes.contains(&view.dtype()) {
+                return Err(view.type_error(expected));
             }
             view.same_device(x)?;
         }
@@ -162,22 +173,24 @@ impl<'py> Tokens<'py> {
 }
 
 /// A layer's arguments, as the caller passed them.
-struct Layer<'py> {
-    op: &'static str,
-    tokens: Tokens<'py>,
+pub struct Layer<'py> {
+    pub op: &'static str,
+    pub tokens: Tokens<'py>,
     tables: [Table<'py>; 6],
+    /// Instead of the first three tables.
+    pub coded: Option<CodedTables<'py>>,
     packing: Packing,
     transposed: bool,
     activation: Activation,
 }
 
 /// The six lists of weights, in the order of the arguments.
-type Lists<'py> = [Vec<Bound<'py, PyAny>>; 6];
+pub type Lists<'py> = [Vec<Bound<'py, PyAny>>; 6];
 
 const NAMES: [&str; 6] = ["gate_up", "up", "down", "gate_up_bias", "up_bias", "down_bias"];
 
 impl<'py> Layer<'py> {
-    fn new(
+    pub fn new(
         op: &'static str,
         x: &Bound<'py, PyAny>,
         lists: Lists<'py>,
@@ -194,7 +207,7 @@ impl<'py> Layer<'py> {
         let activation = Activation { function: function(op, activation)?, limit, alpha };
         let Ok(tables) = tables.try_into() else { unreachable!("one table per name") };
         let packing = packing_of(op, packing)?;
-        Ok(Self { op, tokens, tables, packing, transposed, activation })
+        Ok(Self { op, tokens, tables, coded: None, packing, transposed, activation })
     }
 
     fn experts<T: Pod + Tiled>(&self) -> PyResult<Experts<'_, T>> {
@@ -207,6 +220,11 @@ impl<'py> Layer<'py> {
             up_bias: up_bias.vectors()?,
             down_bias: down_bias.vectors()?,
         };
+        if let Some(coded) = &self.coded {
+            let coded = coded.checked()?;
+            return Experts::quantised(self.op, &coded, tensors, self.packing, self.activation)
+                .map_err(to_py);
+        }
         Experts::new(self.op, tensors, self.packing, self.transposed, self.activation)
             .map_err(to_py)
     }
@@ -273,8 +291,17 @@ pub fn experts<'py>(
     let lists = [gate_up, up, down, gate_up_bias, up_bias, down_bias];
     let options = (packing, transposed, activation, limit, alpha, sentinel, weight_on_input);
     let layer = Layer::new(OP, x, lists, topk_ids, topk_weights, options)?;
+    forward(py, &layer, out)
+}
+
+/// The layer's value.
+pub fn forward<'py>(
+    py: Python<'py>,
+    layer: &Layer<'py>,
+    out: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
     if layer.tokens.x.device() != Device::Cpu {
-        return Err(no_kernel(OP));
+        return Err(no_kernel(layer.op));
     }
     with_float!(layer.tokens.x, T, {
         let (call, experts) = (layer.tokens.call::<T>()?, layer.experts::<T>()?);
@@ -336,8 +363,8 @@ pub fn experts_stats<'py>(
     })
 }
 
-type Arrays<'py> = Vec<Bound<'py, PyAny>>;
-type LayerGradients<'py> = (
+pub type Arrays<'py> = Vec<Bound<'py, PyAny>>;
+pub type LayerGradients<'py> = (
     Option<Bound<'py, PyAny>>,
     Arrays<'py>,
     Arrays<'py>,
@@ -375,10 +402,21 @@ pub fn experts_backward<'py>(
     let lists = [gate_up, up, down, gate_up_bias, up_bias, down_bias];
     let options = (packing, transposed, activation, limit, alpha, sentinel, weight_on_input);
     let layer = Layer::new(OP, x, lists, topk_ids, topk_weights, options)?;
+    gradients(py, &layer, grad, needs)
+}
+
+/// The layer's gradients; `needs` says for which of x, weights, biases, `topk_weights`.
+pub fn gradients<'py>(
+    py: Python<'py>,
+    layer: &Layer<'py>,
+    grad: &Bound<'py, PyAny>,
+    needs: (bool, bool, bool, bool),
+) -> PyResult<LayerGradients<'py>> {
+    let op = layer.op;
     if layer.tokens.x.device() != Device::Cpu {
-        return Err(no_kernel(OP));
+        return Err(no_kernel(op));
     }
-    let grad = View::new(OP, "grad", grad)?;
+    let grad = View::new(op, "grad", grad)?;
     let empty = |view: &View<'py>| Output::empty(view, view.shape(), view.dtype());
     let mut dx = needs.0.then(|| empty(&layer.tokens.x)).transpose()?;
     let mut dw = needs.3.then(|| empty(&layer.tokens.weights)).transpose()?;
@@ -390,7 +428,7 @@ pub fn experts_backward<'py>(
     }
     with_float!(layer.tokens.x, T, {
         let (call, experts) = (layer.tokens.call::<T>()?, layer.experts::<T>()?);
-        check_shape(OP, "grad", grad.shape(), &[call.tokens, experts.hidden_out]).map_err(to_py)?;
+        check_shape(op, "grad", grad.shape(), &[call.tokens, experts.hidden_out]).map_err(to_py)?;
         let grad = grad.slice::<T>()?;
         let mut sums =
             vec![Default::default(); if needs.3 { layer.tokens.weights.len() } else { 0 }];

@@ -14,6 +14,7 @@ mod memory;
 mod output;
 mod permute;
 mod prepack;
+mod quantized;
 mod routing;
 mod run;
 mod team;
@@ -43,6 +44,8 @@ mod _core {
     use super::permute::{chunk_maps, permute, unpermute, unpermute_backward};
     #[pymodule_export]
     use super::prepack::{packed_experts, prepack, switch_batch_invariant};
+    #[pymodule_export]
+    use super::quantized::{experts_quantized, experts_quantized_backward};
     #[pymodule_export]
     use super::routing::{
         check_route, route, route_backward, route_stats, route_stats_backward, route_topp,

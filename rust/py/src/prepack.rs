@@ -1,7 +1,7 @@
 //! Weights in the order in which the kernels read them, and the layer over them.
 
 use crate::error::{no_kernel, to_py};
-use crate::experts::{Table, Tokens, each_mut, function, packing_of};
+use crate::experts::{Arrays, Table, Tokens, each_mut, function, packing_of};
 use crate::output::Output;
 use crate::run::run;
 use crate::tensor::{Device, Pod, View};
@@ -12,8 +12,6 @@ use ferromoe_core::experts::{
     set_batch_invariant,
 };
 use pyo3::prelude::*;
-
-type Arrays<'py> = Vec<Bound<'py, PyAny>>;
 
 /// Panels of the first and of the second matmul, the bias of the first in halves; features of each
 /// expert, width of x, width of the result.

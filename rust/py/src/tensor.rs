@@ -30,6 +30,7 @@ pod! {
     half::bf16: BF16;
     i64: I64;
     i32: I32;
+    u8: U8, I8;
 }
 
 /// A contiguous array that an operation reads (or, inside an [`Output`](crate::output::Output),

@@ -77,10 +77,10 @@ fn first_stage<T: Tiled, A: Operand<T>>(
     let step = if experts.along_n() {
         columns_per_task(width * units.len(), tile.cols, true)
     } else {
-        let row_bytes = 2 * call.hidden.max(1) * size_of::<T>();
+        let feature_bytes = 2 * experts.column_bytes().max(1);
         let least =
             if experts.is_packed() { panel_pairs(width * units.len(), tile.cols) } else { 1 };
-        (TASK_BYTES / row_bytes / tile.cols).max(least) * tile.cols
+        (TASK_BYTES / feature_bytes / tile.cols).max(least) * tile.cols
     };
     let col_cuts = cuts(width, step);
     let grid = Grid::new(&mut middle, width, &row_cuts, &col_cuts);

@@ -13,6 +13,7 @@ mod forward;
 mod grouped;
 mod panels;
 mod product;
+pub mod quant;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -27,7 +28,7 @@ pub use grouped::{grouped_matmul, grouped_sum, grouped_wgrad};
 pub use panels::{Format, prepack};
 pub use stats::Statistics;
 pub use tile::Tiled;
-pub use weights::{Experts, Packing, Tensors};
+pub use weights::{Coded, Experts, Packing, Tensors};
 
 use crate::arena::{self, Plain, Scratch};
 use crate::chunks::for_each_chunk;

@@ -3,7 +3,7 @@
 
 use super::tile::{AXPY_ROWS, DOT_ROWS, Operand, Tile, Tiled, fetch};
 use super::weights::{Matrix, Part, Projection};
-use super::{batch_invariant, panels};
+use super::{batch_invariant, panels, quant};
 use crate::grid::Cell;
 use crate::{Element, arena};
 use std::ops::Range;
@@ -33,6 +33,9 @@ pub(super) fn product<T: Tiled, A: Operand<T>>(
     }
     if let Some(panels) = projection.panels {
         return panels::product(tile, rows, projection, panels, features, each);
+    }
+    if projection.parts().any(|part| part.matrix.codes.is_some()) {
+        return quant::product(tile, rows, projection, features, &mut each);
     }
     let parts = projection.parts().count();
     let along_n = projection.parts().any(|part| part.matrix.along_n);
@@ -118,7 +121,7 @@ fn next_weights<'a, T: Copy>(
 }
 
 /// Columns of a part that belong to a run of features.
-fn columns<T>(projection: &Projection<'_, T>, features: &Range<usize>) -> Range<usize> {
+pub(super) fn columns<T>(projection: &Projection<'_, T>, features: &Range<usize>) -> Range<usize> {
     features.start * projection.per_feature..features.end * projection.per_feature
 }
 

@@ -2,6 +2,7 @@
 
 use super::activation::{Activation, Function};
 use super::panels::Format;
+use super::quant::{Bits, Codes};
 use crate::Element;
 use crate::error::{Error, Result, check_shape};
 
@@ -18,6 +19,15 @@ pub enum Packing {
     Ungated,
 }
 
+impl Packing {
+    fn columns_per_feature(self) -> usize {
+        match self {
+            Self::Halves | Self::Interleaved => 2,
+            Self::Separate | Self::Ungated => 1,
+        }
+    }
+}
+
 /// Weights `[n, k]` of a product `x · Wᵀ`, stored `[n, k]` or, `along_n`, as `[k, n]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Matrix<'a, T> {
@@ -29,6 +39,9 @@ pub struct Matrix<'a, T> {
     pub k: usize,
     /// Neighbours in memory are neighbours along n.
     pub along_n: bool,
+    /// The numbers where they are quantised; their rows are columns of the result, or, `along_n`,
+    /// its sums.
+    pub codes: Option<Codes<'a>>,
 }
 
 impl<'a, T> Matrix<'a, T> {
@@ -36,12 +49,12 @@ impl<'a, T> Matrix<'a, T> {
     pub fn new(data: &'a [T], [rows, cols]: [usize; 2], transposed: bool) -> Self {
         assert_eq!(data.len(), rows * cols);
         let (n, k) = if transposed { (cols, rows) } else { (rows, cols) };
-        Self { data, stride: cols, n, k, along_n: transposed }
+        Self { data, stride: cols, n, k, along_n: transposed, codes: None }
     }
 
-    /// The extents of weights that lie elsewhere.
-    fn packed([n, k]: [usize; 2]) -> Self {
-        Self { data: &[], stride: k, n, k, along_n: false }
+    /// The extents of weights that lie elsewhere: in panels, or as codes.
+    fn elsewhere([n, k]: [usize; 2], codes: Option<Codes<'a>>) -> Self {
+        Self { data: &[], stride: k, n, k, along_n: false, codes }
     }
 
     /// The weight of column `n` at `k`.
@@ -57,7 +70,8 @@ impl<'a, T> Matrix<'a, T> {
     pub fn part(self, first: usize, n: usize) -> Self {
         assert!(first + n <= self.n);
         let skip = if self.along_n { first } else { first * self.stride };
-        Self { data: self.data.get(skip..).unwrap_or(&[]), n, ..self }
+        let codes = self.codes.map(|codes| codes.from_row(first));
+        Self { data: self.data.get(skip..).unwrap_or(&[]), n, codes, ..self }
     }
 
     /// The same numbers for the product `g · W`.
@@ -170,20 +184,55 @@ pub struct Tensors<'a, T> {
     pub down_bias: Vec<&'a [T]>,
 }
 
+/// A quantised matrix of one expert: its codes, their scales, its rows.
+pub type CodedTensor<'a> = (&'a [u8], &'a [f32], usize);
+
+/// The quantised tensors of all experts, in place of those of the same names.
+#[derive(Debug, Clone)]
+#[allow(missing_docs, reason = "named as in the public API")]
+pub struct Coded<'a> {
+    pub gate_up: Vec<CodedTensor<'a>>,
+    pub up: Vec<CodedTensor<'a>>,
+    pub down: Vec<CodedTensor<'a>>,
+    pub bits: Bits,
+    /// Weights that share a scale; a whole row where it is `None`.
+    pub group: Option<usize>,
+    /// Width of x, which padded rows do not tell.
+    pub hidden: usize,
+}
+
+/// Where the weights are.
+#[derive(Debug, Clone)]
+enum Stored<'a> {
+    /// In the tensors, as matrices.
+    Natural,
+    /// In the tensors, as panels; the extents beside them are those of the matrices.
+    Panels,
+    /// For gate and up, up, down: the codes of each expert. The tensors have extents alone.
+    Codes([Vec<Codes<'a>>; 3]),
+}
+
 /// Checked weights of all experts.
 #[derive(Debug, Clone)]
 pub struct Experts<'a, T> {
     tensors: Tensors<'a, T>,
     packing: Packing,
     transposed: bool,
-    /// The tensors of weights hold panels; the extents beside them are those of the matrices.
-    panels: Option<Format>,
+    stored: Stored<'a>,
     /// Between the two projections.
     pub activation: Activation,
     /// Width of x.
     pub hidden: usize,
     /// Width of the result.
     pub hidden_out: usize,
+}
+
+/// A list of an expert's matrices.
+#[derive(Clone, Copy)]
+enum Which {
+    GateUp,
+    Up,
+    Down,
 }
 
 impl<'a, T: Element> Experts<'a, T> {
@@ -229,12 +278,12 @@ impl<'a, T: Element> Experts<'a, T> {
         let flip = |[rows, cols]: [usize; 2]| if transposed { [cols, rows] } else { [rows, cols] };
         let hidden = tensors.gate_up.first().map_or(0, |(_, extents)| flip(*extents)[1]);
         let hidden_out = tensors.down.first().map_or(0, |(_, extents)| flip(*extents)[0]);
-        let panels = None;
-        let experts = Self { tensors, packing, transposed, panels, activation, hidden, hidden_out };
+        let stored = Stored::Natural;
+        let experts = Self { tensors, packing, transposed, stored, activation, hidden, hidden_out };
         let tensors = &experts.tensors;
         for e in 0..count {
             let wide = flip(tensors.gate_up[e].1)[0];
-            let per = experts.columns_per_feature();
+            let per = packing.columns_per_feature();
             if wide % per != 0 {
                 let expected = "have an even number of gate and up columns".to_string();
                 return Err(Error::Value { op, arg: "gate_up", expected, got: wide.to_string() });
@@ -275,7 +324,7 @@ impl<'a, T: Element> Experts<'a, T> {
         format: Format,
     ) -> Result<Self> {
         let mut experts = Self::new(op, tensors, packing, false, activation)?;
-        experts.panels = Some(format);
+        experts.stored = Stored::Panels;
         for e in 0..experts.count() {
             for (arg, tensor, projection) in [
                 ("gate_up", experts.tensors.gate_up[e], experts.input(e)),
@@ -287,28 +336,73 @@ impl<'a, T: Element> Experts<'a, T> {
         Ok(experts)
     }
 
+    /// Quantised weights, with the biases of `tensors`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] and [`Error::Value`] name the tensor that does not fit.
+    pub fn quantised(
+        op: &'static str,
+        coded: &Coded<'a>,
+        mut tensors: Tensors<'a, T>,
+        packing: Packing,
+        activation: Activation,
+    ) -> Result<Self> {
+        let per = packing.columns_per_feature();
+        let extents = |list: &[CodedTensor<'a>], k: &dyn Fn(usize) -> usize| {
+            let extents = list.iter().enumerate().map(|(e, (_, _, n))| (&[][..], [*n, k(e)]));
+            extents.collect::<Vec<Tensor<'a, T>>>()
+        };
+        tensors.gate_up = extents(&coded.gate_up, &|_| coded.hidden);
+        tensors.up = extents(&coded.up, &|_| coded.hidden);
+        let wide = |e| coded.gate_up.get(e).map_or(0, |(_, _, n)| n / per);
+        tensors.down = extents(&coded.down, &wide);
+        let mut experts = Self::new(op, tensors, packing, false, activation)?;
+        let of = |arg, list: &[CodedTensor<'a>], tensors: &[Tensor<'a, T>]| {
+            let pairs = list.iter().zip(tensors);
+            let each = pairs.map(|(&(bytes, scales, _), (_, extents))| {
+                Codes::new(op, arg, (bytes, scales), coded.bits, *extents, coded.group)
+            });
+            each.collect::<Result<Vec<_>>>()
+        };
+        experts.stored = Stored::Codes([
+            of("gate_up", &coded.gate_up, &experts.tensors.gate_up)?,
+            of("up", &coded.up, &experts.tensors.up)?,
+            of("down", &coded.down, &experts.tensors.down)?,
+        ]);
+        Ok(experts)
+    }
+
     /// E.
     pub fn count(&self) -> usize {
         self.tensors.down.len()
     }
 
-    fn columns_per_feature(&self) -> usize {
-        match self.packing {
-            Packing::Halves | Packing::Interleaved => 2,
-            Packing::Separate | Packing::Ungated => 1,
+    fn matrix(&self, which: Which, e: usize) -> Matrix<'a, T> {
+        let list = match which {
+            Which::GateUp => &self.tensors.gate_up,
+            Which::Up => &self.tensors.up,
+            Which::Down => &self.tensors.down,
+        };
+        let (data, extents) = list[e];
+        match &self.stored {
+            Stored::Natural => Matrix::new(data, extents, self.transposed),
+            Stored::Panels => Matrix::elsewhere(extents, None),
+            Stored::Codes(codes) => Matrix::elsewhere(extents, Some(codes[which as usize][e])),
         }
     }
 
-    fn matrix(&self, (data, extents): Tensor<'a, T>) -> Matrix<'a, T> {
-        match self.panels {
-            Some(_) => Matrix::packed(extents),
-            None => Matrix::new(data, extents, self.transposed),
+    /// Bytes that hold one column of the input projection.
+    pub fn column_bytes(&self) -> usize {
+        match &self.stored {
+            Stored::Codes([gate_up, ..]) => gate_up.first().map_or(0, Codes::row_bytes),
+            Stored::Natural | Stored::Panels => self.hidden * size_of::<T>(),
         }
     }
 
     /// I of expert `e`.
     pub fn features(&self, e: usize) -> usize {
-        self.matrix(self.tensors.gate_up[e]).n / self.columns_per_feature()
+        self.matrix(Which::GateUp, e).n / self.packing.columns_per_feature()
     }
 
     /// The widest expert.
@@ -318,7 +412,7 @@ impl<'a, T: Element> Experts<'a, T> {
 
     /// From x to the features of expert `e`.
     pub fn input(&self, e: usize) -> Projection<'a, T> {
-        let matrix = self.matrix(self.tensors.gate_up[e]);
+        let matrix = self.matrix(Which::GateUp, e);
         let bias = self.tensors.gate_up_bias.get(e).copied().unwrap_or(&[]);
         let half = |first: usize, n: usize| {
             let bias = bias.get(first..first + n).unwrap_or(&[]);
@@ -331,23 +425,27 @@ impl<'a, T: Element> Experts<'a, T> {
             Packing::Ungated => ([half(0, n), None], 1),
             Packing::Separate => {
                 let bias = self.tensors.up_bias.get(e).copied().unwrap_or(&[]);
-                let up = Part { matrix: self.matrix(self.tensors.up[e]), bias, first: 0 };
+                let up = Part { matrix: self.matrix(Which::Up, e), bias, first: 0 };
                 ([half(0, n), Some(up)], 1)
             }
         };
-        Projection { parts, per_feature, panels: self.panels.map(|_| self.tensors.gate_up[e].0) }
+        Projection {
+            parts,
+            per_feature,
+            panels: self.is_packed().then(|| self.tensors.gate_up[e].0),
+        }
     }
 
     /// From the features of expert `e` to the result.
     pub fn output(&self, e: usize) -> Projection<'a, T> {
         let bias = self.tensors.down_bias.get(e).copied().unwrap_or(&[]);
-        let panels = self.panels.map(|_| self.tensors.down[e].0);
-        Projection { panels, ..Projection::plain(self.matrix(self.tensors.down[e]), bias) }
+        let panels = self.is_packed().then(|| self.tensors.down[e].0);
+        Projection { panels, ..Projection::plain(self.matrix(Which::Down, e), bias) }
     }
 
     /// Whether the weights lie in panels.
     pub fn is_packed(&self) -> bool {
-        self.panels.is_some()
+        matches!(self.stored, Stored::Panels)
     }
 
     /// Whether neighbours in memory are neighbours along the columns of the products.

@@ -18,8 +18,10 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
+pub(super) mod codes;
 #[cfg(target_arch = "x86_64")]
 mod lanes;
+pub(super) mod narrow;
 mod scalar;
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,412 @@
+//! Weights as codes of 8 or 4 bits, with a scale for each row or for each group along it.
+//!
+//! A code is a signed integer, its weight the code times the scale. A row of k weights is cut into
+//! blocks of 32, the last one filled up with zeros. A block of 8-bit codes is 32 bytes. In a block
+//! of 4-bit codes byte i holds code i in its low half and code 16 + i in its high half, so that one
+//! load widens into neighbours along k twice; both stand 8 above their value, so never below 0.
+//!
+//! Few rows of x multiply codes that become numbers in registers: memory gives the codes alone. For
+//! many rows, for gradients and without vector units, a few columns at a time are dequantised and
+//! multiplied as other weights are.
+
+use super::batch_invariant;
+use super::product::{add_biases, columns, product as dense_product};
+use super::tile::codes::Dot;
+use super::tile::narrow::{self, Narrow};
+use super::tile::{DOT_ROWS, Operand, Tile, Tiled};
+use super::weights::{Matrix, Part, Projection};
+use crate::dtype::Accumulator;
+use crate::error::{Error, Result, check_shape};
+use crate::simd::{self, Job};
+use crate::{Dtype, Element, arena, isa};
+use std::ops::Range;
+
+/// Codes that lie together.
+pub const BLOCK: usize = 32;
+
+/// Up to this many rows, products with codes are faster than dequantising them.
+const FEW: usize = 12;
+
+/// Bytes of dequantised weights that should stay in a core's own cache.
+const CACHE: usize = 384 << 10;
+
+/// Size of a code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bits {
+    /// A byte each.
+    Eight,
+    /// Two in a byte.
+    Four,
+}
+
+impl Bits {
+    /// Bytes of a block.
+    pub const fn block_bytes(self) -> usize {
+        match self {
+            Self::Eight => BLOCK,
+            Self::Four => BLOCK / 2,
+        }
+    }
+
+    /// Bytes of a row of `k` weights.
+    pub const fn row_bytes(self, k: usize) -> usize {
+        k.div_ceil(BLOCK) * self.block_bytes()
+    }
+}
+
+/// The codes of a matrix, row by row.
+#[derive(Debug, Clone, Copy)]
+pub struct Codes<'a> {
+    bytes: &'a [u8],
+    scales: &'a [f32],
+    bits: Bits,
+    k: usize,
+    /// Weights that share a scale: a whole row, or a multiple of [`BLOCK`].
+    group: usize,
+}
+
+impl<'a> Codes<'a> {
+    /// Checks that codes and scales are those of a matrix `[n, k]`; without a group there is one
+    /// scale for each row.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] and [`Error::Value`] name `arg`.
+    pub fn new(
+        op: &'static str,
+        arg: &'static str,
+        (bytes, scales): (&'a [u8], &'a [f32]),
+        bits: Bits,
+        [n, k]: [usize; 2],
+        group: Option<usize>,
+    ) -> Result<Self> {
+        if let Some(group) = group
+            && (group == 0 || !group.is_multiple_of(BLOCK) || !k.is_multiple_of(group))
+        {
+            let expected = format!("have rows of whole groups of a multiple of {BLOCK} weights");
+            let got = format!("rows of {k} in groups of {group}");
+            return Err(Error::Value { op, arg, expected, got });
+        }
+        let group = group.unwrap_or(k);
+        let codes = Self { bytes, scales, bits, k, group };
+        check_shape(op, arg, &[bytes.len()], &[n * bits.row_bytes(k)])?;
+        check_shape(op, arg, &[scales.len()], &[n * codes.groups()])?;
+        Ok(codes)
+    }
+
+    fn groups(&self) -> usize {
+        if self.group == self.k { 1 } else { self.k / self.group }
+    }
+
+    /// Bytes of a row.
+    pub fn row_bytes(&self) -> usize {
+        self.bits.row_bytes(self.k)
+    }
+
+    /// The codes from row `first` on.
+    #[must_use]
+    pub fn from_row(self, first: usize) -> Self {
+        let bytes = self.bytes.get(first * self.row_bytes()..).unwrap_or(&[]);
+        let scales = self.scales.get(first * self.groups()..).unwrap_or(&[]);
+        Self { bytes, scales, ..self }
+    }
+
+    fn row(&self, n: usize) -> (&'a [u8], &'a [f32]) {
+        let (bytes, groups) = (self.row_bytes(), self.groups());
+        (&self.bytes[n * bytes..][..bytes], &self.scales[n * groups..][..groups])
+    }
+
+    /// Writes the weights `[rows, cols]`.
+    fn dequantise<T: Element>(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [T]) {
+        simd::widest(Dequantise { codes: self, rows, cols, out });
+    }
+}
+
+struct Dequantise<'a, T> {
+    codes: &'a Codes<'a>,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    out: &'a mut [T],
+}
+
+impl<T: Element> Job for Dequantise<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { codes, rows, cols, out } = self;
+        let bytes = codes.bits.block_bytes();
+        for (n, out) in rows.zip(out.chunks_exact_mut(cols.len().max(1))) {
+            let (row, scales) = codes.row(n);
+            let blocks = cols.start / BLOCK..cols.end.div_ceil(BLOCK);
+            for block in blocks {
+                let scale = scales[block * BLOCK / codes.group];
+                let weights = match codes.bits {
+                    Bits::Eight => eight(&row[block * bytes..][..bytes], scale),
+                    Bits::Four => four(&row[block * bytes..][..bytes], scale),
+                };
+                // Tiles may begin and end inside of a block.
+                let from = cols.start.max(block * BLOCK);
+                let to = cols.end.min((block + 1) * BLOCK);
+                let out = &mut out[from - cols.start..to - cols.start];
+                for (out, weight) in out.iter_mut().zip(&weights[from - block * BLOCK..]) {
+                    *out = T::round(T::Acc::from_f64((*weight).into()));
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn eight(bytes: &[u8], scale: f32) -> [f32; BLOCK] {
+    let mut weights = [0.0; BLOCK];
+    for (weight, byte) in weights.iter_mut().zip(bytes) {
+        *weight = f32::from(byte.cast_signed()) * scale;
+    }
+    weights
+}
+
+#[inline(always)]
+fn four(bytes: &[u8], scale: f32) -> [f32; BLOCK] {
+    let mut weights = [0.0; BLOCK];
+    let (low, high) = weights.split_at_mut(BLOCK / 2);
+    for ((low, high), byte) in low.iter_mut().zip(high).zip(bytes) {
+        *low = (f32::from(byte & 15) - 8.0) * scale;
+        *high = (f32::from(byte >> 4) - 8.0) * scale;
+    }
+    weights
+}
+
+/// What [`super::product::product`] calls with the results of a run of features.
+type Each<'a, Acc> = &'a mut dyn FnMut(usize, Range<usize>, &mut [Acc], &mut [Acc]);
+
+/// [`super::product::product`] for a projection of codes.
+pub(super) fn product<T: Tiled, A: Operand<T>>(
+    tile: &Tile<T, A>,
+    rows: &[&[A]],
+    projection: &Projection<'_, T>,
+    features: Range<usize>,
+    each: Each<'_, T::Acc>,
+) {
+    // Few rows are summed in another order than many.
+    let few_rows = rows.len() <= FEW && !batch_invariant();
+    if few_rows && T::DTYPE != Dtype::F64 && has_dot(projection) {
+        return few(rows, projection, features, each);
+    }
+    let (parts, k) = (projection.parts().count(), rows[0].len());
+    // Whole panels of the tile, as many as stay in the cache.
+    let per_column = parts * projection.per_feature * k.max(1) * size_of::<T>();
+    let step = (CACHE / per_column / tile.cols).max(1) * tile.cols;
+    let mut weights: [_; 2] = std::array::from_fn(|index| {
+        let len = if index < parts { step * projection.per_feature * k } else { 0 };
+        arena::take::<T>(len)
+    });
+    for begin in features.clone().step_by(step) {
+        let run = begin..(begin + step).min(features.end);
+        let columns = columns(projection, &run);
+        let mut dense = Projection { parts: [None; 2], panels: None, ..*projection };
+        for ((dense, weights), part) in
+            dense.parts.iter_mut().zip(&mut weights).zip(projection.parts())
+        {
+            let Matrix { codes: Some(codes), along_n, .. } = &part.matrix else {
+                unreachable!("all parts of a projection are stored alike")
+            };
+            let weights = &mut weights[..columns.len() * k];
+            // Rows of codes are columns of the product, or of the gradient's the lines.
+            let extents = if *along_n {
+                codes.dequantise(0..k, columns.clone(), weights);
+                [k, columns.len()]
+            } else {
+                codes.dequantise(columns.clone(), 0..k, weights);
+                [columns.len(), k]
+            };
+            let bias = part.bias.get(columns.clone()).unwrap_or(&[]);
+            *dense = Some(Part { matrix: Matrix::new(weights, extents, *along_n), bias, first: 0 });
+        }
+        dense_product(tile, rows, &dense, 0..run.len(), |row, part, first, second| {
+            each(row, begin + part.start..begin + part.end, first, second);
+        });
+    }
+}
+
+/// Whether there are instructions for few rows: not for gradients, which sum along n.
+fn has_dot<T>(projection: &Projection<'_, T>) -> bool {
+    let isa = isa::chosen_or_scalar();
+    let of = |codes: &Codes<'_>| Dot::of(isa, codes.bits, false).is_some();
+    projection
+        .parts()
+        .all(|part| !part.matrix.along_n && part.matrix.codes.as_ref().is_some_and(of))
+}
+
+/// Few rows of x, and what multiplies them by codes.
+enum Rows<'a> {
+    Float(&'static Dot, &'a [&'a [f32]]),
+    Narrow(&'static narrow::Dot, Narrow),
+}
+
+impl<'a> Rows<'a> {
+    /// Rows of 16-bit floats lose next to nothing as integers.
+    fn new<T: Element>(x: &'a [&'a [f32]], codes: &Codes<'_>) -> Option<Self> {
+        let (isa, groups) = (isa::chosen_or_scalar(), codes.groups());
+        let narrow = (T::DTYPE != Dtype::F32).then(|| Narrow::new(x, groups)).flatten();
+        Some(match narrow {
+            Some(narrow) => Self::Narrow(narrow::Dot::of(isa, codes.bits)?, narrow),
+            None => Self::Float(Dot::of(isa, codes.bits, groups > 1)?, x),
+        })
+    }
+
+    fn streams(&self, rows: usize) -> usize {
+        match self {
+            Self::Float(dot, _) => dot.streams(rows),
+            Self::Narrow(..) => narrow::Dot::streams(rows),
+        }
+    }
+
+    fn dot(&self, rows: Range<usize>, codes: &[&[u8]], scales: &[&[f32]], out: &mut [f32]) {
+        match self {
+            Self::Float(dot, x) => dot.dot(&x[rows], codes, scales, out),
+            Self::Narrow(dot, x) => dot.dot(x, rows, codes, scales, out),
+        }
+    }
+}
+
+fn few<T: Tiled, A: Element<Acc = T::Acc>>(
+    rows: &[&[A]],
+    projection: &Projection<'_, T>,
+    features: Range<usize>,
+    each: Each<'_, T::Acc>,
+) {
+    let (parts, k) = (projection.parts().count(), rows[0].len());
+    let padded = k.next_multiple_of(BLOCK);
+    let mut wide = arena::take::<f32>(rows.len() * padded);
+    let mut x = Vec::with_capacity(rows.len());
+    for (row, wide) in rows.iter().zip(wide.chunks_exact_mut(padded.max(1))) {
+        for (wide, x) in wide.iter_mut().zip(*row) {
+            *wide = x.widen().to_f64() as f32; // which is exact: f64 does not come here
+        }
+        wide[k..].fill(0.0);
+        x.push(&*wide);
+    }
+    x.resize(rows.len(), &[]); // k is 0
+    let width = features.len() * projection.per_feature;
+    let mut sums = arena::take::<T::Acc>(rows.len() * parts * width);
+    let mut made = None;
+    for (index, part) in projection.parts().enumerate() {
+        let codes = part.matrix.codes.expect("all parts of a projection are stored alike");
+        let columns = columns(projection, &features);
+        let rows = made.get_or_insert_with(|| {
+            Rows::new::<T>(&x, &codes).expect("the instructions were asked for")
+        });
+        dots(rows, x.len(), &codes, columns, &mut sums[index * width..], parts * width);
+    }
+    for (row, sums) in sums.chunks_exact_mut(parts * width).enumerate() {
+        let (first, second) = sums.split_at_mut(width);
+        add_biases(projection, &features, first, second);
+        each(row, features.clone(), first, second);
+    }
+}
+
+/// Each stream walks through a stretch of neighbouring rows, as in the dense product.
+fn dots<Acc: Accumulator>(
+    x: &Rows<'_>,
+    rows: usize,
+    codes: &Codes<'_>,
+    columns: Range<usize>,
+    sums: &mut [Acc],
+    stride: usize,
+) {
+    let chunks = rows.div_ceil(DOT_ROWS);
+    let most = rows.div_ceil(chunks);
+    let streams = x.streams(most);
+    let stretch = columns.len().div_ceil(streams);
+    // A last chunk may be short enough for more streams than it is given.
+    let mut out = vec![0.0; most * x.streams(1)];
+    let (mut w, mut scales) = (Vec::with_capacity(streams), Vec::with_capacity(streams));
+    for step in 0..stretch {
+        let picked = || (columns.start + step..columns.end).step_by(stretch);
+        w.clear();
+        scales.clear();
+        for (row, scale) in picked().map(|n| codes.row(n)) {
+            w.push(row);
+            scales.push(scale);
+        }
+        for chunk in 0..chunks {
+            let some = rows * chunk / chunks..rows * (chunk + 1) / chunks;
+            x.dot(some.clone(), &w, &scales, &mut out);
+            let streams = x.streams(some.len());
+            for (row, out) in some.zip(out.chunks_exact(streams)) {
+                for (n, &value) in picked().zip(out) {
+                    sums[row * stride + n - columns.start] = Acc::from_f64(value.into());
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::Isa;
+
+    /// Small multiples of a quarter, so that sums are exact in any order.
+    fn quarters(len: usize, seed: usize) -> Vec<f32> {
+        (0..len).map(|i| ((i * 7 + seed * 13 + i * i % 11) % 17) as f32 / 4.0 - 2.0).collect()
+    }
+
+    #[test]
+    fn every_instruction_set_multiplies_codes_as_the_dequantised_weights() {
+        const N: usize = 5;
+        for (isa, bits, groups, blocks) in Isa::available()
+            .flat_map(|isa| [Bits::Eight, Bits::Four].map(|bits| (isa, bits)))
+            .flat_map(|(isa, bits)| {
+                [(1, 1), (1, 9), (3, 1), (3, 2)].map(|(groups, blocks)| (isa, bits, groups, blocks))
+            })
+        {
+            let k = groups * blocks * BLOCK;
+            let bytes: Vec<_> =
+                (0..N * bits.row_bytes(k)).map(|i| (i * 37 + i / 7 * 11) as u8).collect();
+            let scales: Vec<_> = (0..N * groups).map(|i| (i % 3 + 1) as f32 / 4.0).collect();
+            let group = (groups > 1).then_some(blocks * BLOCK);
+            let codes = Codes::new("t", "w", (&bytes, &scales), bits, [N, k], group).unwrap();
+            let mut weights = vec![0.0f32; N * k];
+            codes.dequantise(0..N, 0..k, &mut weights);
+            let mut part = vec![0.0f32; 2 * 20];
+            codes.dequantise(2..4, 7..27, &mut part);
+            assert_eq!(part[20..], weights[3 * k + 7..3 * k + 27]);
+
+            let Some(dot) = Dot::of(isa, bits, groups > 1) else { continue };
+            let x = quarters(DOT_ROWS * k, 1);
+            let x: Vec<_> = x.chunks_exact(k).collect();
+            let narrow = Narrow::new(&x, groups).unwrap();
+            let narrow = Rows::Narrow(narrow::Dot::of(isa, bits).unwrap(), narrow);
+            for (rows, exact) in [(Rows::Float(dot, &x), true), (narrow, false)] {
+                for m in 1..=DOT_ROWS {
+                    let streams = rows.streams(m);
+                    let picked = 0..streams.min(N);
+                    let (w, s): (Vec<_>, Vec<_>) = picked.map(|n| codes.row(n)).unzip();
+                    let mut out = vec![f32::NAN; m * streams];
+                    rows.dot(DOT_ROWS - m..DOT_ROWS, &w, &s, &mut out);
+                    for (x, out) in x[DOT_ROWS - m..].iter().zip(out.chunks_exact(streams)) {
+                        for (n, out) in out[..w.len()].iter().enumerate() {
+                            let products = x.iter().zip(&weights[n * k..]).map(|(x, w)| x * w);
+                            let want: f32 = products.clone().sum();
+                            let room = products.map(f32::abs).sum::<f32>() * 1e-4;
+                            let near = (out - want).abs() <= if exact { 0.0 } else { room };
+                            assert!(near, "{isa:?} {bits:?} {groups} x {blocks}: {out} {want}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_that_are_not_finite_do_not_become_integers() {
+        let mut x = quarters(2 * BLOCK, 1);
+        assert!(Narrow::new(&[&x], 2).is_some());
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            x[BLOCK + 3] = value;
+            assert!(Narrow::new(&[&x], 2).is_none());
+        }
+    }
+}
