@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -61,6 +62,55 @@ def test_a_changed_weight_is_noticed() -> None:
         natural = model(tokens).logits
     assert not torch.equal(before, packed)
     torch.testing.assert_close(packed, natural)
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens, use_cache=False).logits
+
+
+def natural_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    ferromoe.enable(model)
+    return logits(model, tokens)
+
+
+def test_a_step_that_no_version_counts_is_noticed() -> None:
+    model, tokens = make("mixtral"), draw_tokens()
+    ferromoe.enable(model, prepack=True)
+    logits(model, tokens)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    packed = logits(model, tokens)
+    torch.testing.assert_close(packed, natural_logits(model, tokens))
+
+
+def test_a_tensor_at_the_address_of_another_is_noticed() -> None:
+    model, tokens = make("mixtral"), draw_tokens()
+    experts = next(module for module in model.modules() if hasattr(module, "down_proj"))
+    ferromoe.enable(model, prepack=True)
+    for seed in range(5):
+        logits(model, tokens)
+        shape, generator = experts.down_proj.shape, torch.Generator().manual_seed(seed)
+        experts.down_proj = None
+        experts.down_proj = torch.nn.Parameter(torch.randn(shape, generator=generator))
+    packed = logits(model, tokens)
+    torch.testing.assert_close(packed, natural_logits(model, tokens))
+
+
+def test_a_copy_of_the_model_makes_copies_of_its_own() -> None:
+    model, tokens = make("mixtral"), draw_tokens()
+    ferromoe.enable(model, prepack=True)
+    expected = logits(model, tokens)
+    twin = copy.deepcopy(model)
+    kept = [m.__dict__[integration._PACKED] for m in twin.modules() if hasattr(m, "down_proj")]
+    assert all(packed.weights is None for packed in kept)
+    assert torch.equal(logits(twin, tokens), expected)
+    assert all(packed.weights is not None for packed in kept)
+    experts = next(module for module in twin.to("meta").modules() if hasattr(module, "down_proj"))
+    x, ids = torch.empty(3, experts.hidden_dim, device="meta"), torch.empty(3, 1, device="meta")
+    with torch.no_grad():
+        assert experts(x, ids.long(), ids).is_meta
 
 
 def test_training_reads_the_weights_themselves(seen: list[bool]) -> None:

@@ -63,6 +63,8 @@ def prepack(weights: ExpertWeights) -> ExpertWeights:
             "prepack: activation must be a named one, got a Python function, which runs between "
             "two grouped matmuls"
         )
+    if weights.num_experts == 0:
+        raise ValueError("prepack: weights must hold at least one expert, got none")
     operands = weights.operands()
     tensors = [tensor for tensors in operands for tensor in tensors]
     for tensor in tensors:
@@ -172,13 +174,16 @@ class batch_invariant:
     def __init__(self, on: bool = True) -> None:
         if not isinstance(on, bool):
             raise TypeError(f"batch_invariant: on must be a bool, got {type(on).__name__}")
-        self._before = _core.switch_batch_invariant(on)
+        self._on = on
+        self._before: bool | None = _core.switch_batch_invariant(on)
 
     def __enter__(self) -> None:
-        pass
+        if self._before is None:  # one more block of the same object
+            self._before = _core.switch_batch_invariant(self._on)
 
     def __exit__(self, *_: object) -> None:
-        _core.switch_batch_invariant(self._before)
+        before, self._before = self._before, None
+        _core.switch_batch_invariant(bool(before))
 
 
 def is_batch_invariant() -> bool:

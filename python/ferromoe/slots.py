@@ -124,6 +124,8 @@ def append_experts(
     weights, ids = routing.topk_weights, routing.topk_ids
     _check.floating(op, "topk_weights", weights)
     _check.tensor(op, "topk_ids", ids)
+    _check.dtype(op, "topk_ids", ids, "int32", "int64")
+    _check.shape(op, "topk_ids", ids, *weights.shape)
     shape, given = [*ids.shape[:-1], num], type(weight).__name__
     if isinstance(weight, Tensor):
         _check.floating(op, "weight", weight)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate
 
@@ -24,7 +25,7 @@ from ..types import Activation, ExpertWeights
 NAME = "ferromoe"
 _GATE = "_ferromoe_gate"  # in an experts module's __dict__: what recognise() found
 _BEFORE = "_ferromoe_before"  # in a model's __dict__: its implementation before enable()
-_PACKED = "_ferromoe_packed"  # in an experts module's __dict__: see _packed_weights()
+_PACKED = "_ferromoe_packed"  # in an experts module's __dict__: a _PackedCopy
 _BY_CLASS = {
     "SiLUActivation": "silu",
     "GELUActivation": "gelu",
@@ -62,8 +63,11 @@ def ferromoe_experts(
 ) -> Tensor:
     """Run an experts module; transformers calls this in place of its own implementations."""
     weights = expert_weights(self)
-    if _PACKED in self.__dict__ and not _learns(weights, hidden_states, top_k_weights):
-        weights = _packed_weights(self, weights)
+    if not torch.compiler.is_compiling() and (copy := self.__dict__.get(_PACKED)) is not None:
+        if _reads_copy(weights, hidden_states, top_k_weights):
+            weights = copy.of(weights)
+        else:
+            copy.clear()  # a step of an optimizer may follow that nobody counts
     # Under autocast tokens, shares and weights come in dtypes of their own, where transformers'
     # implementations cast; `experts` by itself refuses mixtures that lose something unasked.
     if top_k_weights.dtype not in (torch.float32, weights.dtype):
@@ -79,29 +83,46 @@ def ferromoe_experts(
     return out.to(hidden_states.dtype)
 
 
-def _learns(weights: ExpertWeights, *inputs: Tensor) -> bool:
-    """Tell whether a call needs the weights themselves: for gradients, or to be traced."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return True
-    tensors = [*inputs, *(tensor for tensors in weights.operands() for tensor in tensors)]
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _reads_copy(weights: ExpertWeights, *inputs: Tensor) -> bool:
+    """Tell whether an eager call may read a packed copy: it needs no gradient."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or torch._C._len_torch_dispatch_stack():
+        return False
+    tensors = [tensor for tensors in weights.operands() for tensor in tensors]
+    # Nobody counts what is written into inference tensors.
+    if any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):
+        return False
+    learns = any(tensor.requires_grad for tensor in (*inputs, *tensors))
+    return not (torch.is_grad_enabled() and learns)
 
 
-def _packed_weights(module: Any, weights: ExpertWeights) -> ExpertWeights:
-    """Return the packed copy of a module's weights, made anew where they have changed."""
-    key = tuple(
-        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.shape)
-        for tensors in weights.operands()
-        for tensor in tensors
-    )
-    known, packed = module.__dict__[_PACKED]
-    if key != known:
-        module.__dict__[_PACKED] = None, None  # so that two copies never stand side by side
-        with torch.no_grad():
-            packed = pack(weights)
-        module.__dict__[_PACKED] = key, packed
-    found: ExpertWeights = packed
-    return found
+class _PackedCopy:
+    """The packed copy of a module's experts, and what it was made of; nothing at first."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def __reduce__(self) -> tuple[type[_PackedCopy], tuple[()]]:
+        return type(self), ()  # copied or saved with its module it is made anew
+
+    def clear(self) -> None:
+        self.made_of: list[Any] = []
+        self.storages: list[StorageWeakRef] = []
+        self.weights: ExpertWeights | None = None
+
+    def of(self, weights: ExpertWeights) -> ExpertWeights:
+        """Return the copy, made anew where the weights have changed."""
+        tensors = [tensor for tensors in weights.operands() for tensor in tensors]
+        made_of = [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in tensors]
+        # What has gone may have left its address to another tensor.
+        gone = any(storage.expired() for storage in self.storages)
+        if self.weights is None or gone or made_of != self.made_of:
+            self.clear()  # so that two copies never stand side by side
+            with torch.no_grad():
+                self.weights = pack(weights)
+            self.made_of = made_of
+            self.storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+        return self.weights
 
 
 def _gate_of(module: Any) -> tuple[Activation, str]:
@@ -247,7 +268,8 @@ def enable(model: Any, *, prepack: bool = False) -> Report:
         Keep a copy of each CPU layer's experts in the kernels' own order (see `ferromoe.prepack`):
         as much memory again as the experts take, told by the report. Calls that need no gradient
         (under ``torch.no_grad()``, as in ``generate``) and are not traced read it; where weights
-        have changed since, it is made anew.
+        have changed since, it is made anew. Values written through ``.data`` or a NumPy view go
+        unnoticed: call `enable` again after them.
 
     Returns
     -------
@@ -288,8 +310,11 @@ def enable(model: Any, *, prepack: bool = False) -> Report:
         report.reached.append((name, str(activation), layout, path))
         module.__dict__.pop(_PACKED, None)
         if prepack and by_kernel and module.down_proj.device.type == "cpu":
-            module.__dict__[_PACKED] = None, None
-            report.packed_bytes += _packed_weights(module, expert_weights(module)).nbytes
+            weights = expert_weights(module)
+            module.__dict__[_PACKED] = copy = _PackedCopy()
+            with torch.no_grad():
+                if _reads_copy(weights):
+                    report.packed_bytes += copy.of(weights).nbytes
     return report
 
 
