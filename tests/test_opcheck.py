@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_map
 
 import ferromoe
 from cases import CASES, SIZES, plan_of
-from ferromoe._op import Operator
+from ferromoe._op import Operator, torch_side
 
+torch_side()  # registers them, also where ferromoe was imported before torch
 OPERATORS = sorted(
     name.removeprefix("ferromoe::")
     for name in torch._C._dispatch_get_all_op_names()
