@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ferromoe
 from cases import CASES, Case, Size, plan_of
-from ferromoe import _check
+from ferromoe._checks import dispatch as checks
 
 SIZE = Size(7, 5, 3, 4, 2)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.int32, torch.int64, torch.bool]
@@ -347,4 +347,4 @@ def test_a_layer_that_no_token_could_pass_is_not_made(
 
 def test_arrays_of_two_devices_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^permute: slot_of_row must be on meta, got cpu$"):
-        _check.permute(X.to("meta"), PLAN.slot_of_row, PLAN.row_of_slot)
+        checks.permute(X.to("meta"), PLAN.slot_of_row, PLAN.row_of_slot)

@@ -182,6 +182,28 @@ def test_what_cannot_be_packed_is_refused() -> None:
         ferromoe.prepack(make(torch.int32))
     with pytest.raises(ValueError, match=r"prepack: down must have shape \[24, 20\]"):
         ferromoe.prepack(make(down=torch.zeros(EXPERTS, HIDDEN, WIDTH + 1)))
+    with pytest.raises(ValueError, match=r"prepack: down_bias must have shape \[24\], got \[25\]"):
+        ferromoe.prepack(make(down_bias=torch.zeros(EXPERTS, HIDDEN + 1)))
+    with pytest.raises(
+        TypeError, match=r"prepack: down must be of the dtype of gate_up, float32, "
+    ):
+        ferromoe.prepack(make(down=torch.zeros(EXPERTS, HIDDEN, WIDTH).half()))
+    with pytest.raises(ValueError, match=r"prepack: weights must be on the CPU, got meta"):
+        ferromoe.prepack(make(down=torch.zeros(EXPERTS, HIDDEN, WIDTH, device="meta")))
+    with pytest.raises(
+        ValueError, match=r"prepack: weights must hold at least one expert, got none"
+    ):
+        ferromoe.prepack(ferromoe.ExpertWeights(torch.zeros(0, 8, 4), torch.zeros(0, 4, 4)))
+
+
+def test_the_switch_of_batch_invariance_serves_more_than_one_block() -> None:
+    switch = ferromoe.batch_invariant()
+    with switch:
+        assert ferromoe.is_batch_invariant()
+    assert not ferromoe.is_batch_invariant()
+    with switch:
+        assert ferromoe.is_batch_invariant()
+    assert not ferromoe.is_batch_invariant()
 
 
 def test_row_norm_stats_and_tokens_of_another_width_are_refused() -> None:

@@ -165,6 +165,7 @@ def prepack(
     down: list[Any],
     gate_up_bias: list[Any],
     up_bias: list[Any],
+    down_bias: list[Any],
     packing: str,
     transposed: bool,
 ) -> tuple[list[Any], list[Any], list[Any], list[int], int, int]: ...

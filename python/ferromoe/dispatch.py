@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import _check, _core
+from ._checks import dispatch as checks
 from ._op import Operator, specification
 from .types import Dispatch
 
@@ -25,7 +26,7 @@ _dispatch = Operator(
     schema="(Tensor topk_ids, int num_experts, int? sentinel) -> (Tensor, Tensor, Tensor)",
     kernel=_core.dispatch,
     reference=specification("dispatch", "dispatch"),
-    check=_check.dispatch,
+    check=checks.dispatch,
     fake=_fake_dispatch,
 )
 
@@ -34,7 +35,7 @@ _padded_offsets = Operator(
     schema="(Tensor expert_offsets, int align, bool min_block) -> Tensor",
     kernel=_core.padded_offsets,
     reference=specification("dispatch", "padded_offsets"),
-    check=_check.padded_offsets,
+    check=checks.padded_offsets,
     fake=lambda expert_offsets, align, min_block: expert_offsets.new_empty(expert_offsets.shape),
 )
 
@@ -55,7 +56,7 @@ _pad_plan = Operator(
     "int align, bool min_block) -> (Tensor, Tensor, Tensor)",
     kernel=_core.pad_plan,
     reference=specification("dispatch", "pad_plan"),
-    check=_check.pad_plan,
+    check=checks.pad_plan,
     fake=_fake_pad_plan,
 )
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from . import _check, _core
+from ._checks import experts as checks
 from ._op import Operator, specification
 from .dispatch import dispatch
 from .grouped import columns, grouped_matmul
@@ -53,7 +54,7 @@ _experts = Operator(
     schema=f"({_ARGUMENTS}) -> Tensor",
     kernel=_core.experts,
     reference=specification("experts", "experts"),
-    check=_check.experts,
+    check=checks.experts,
     fake=_fake_experts,
     save=lambda args, _: args,
     backward=_experts_gradients,
@@ -77,7 +78,7 @@ _experts_stats = Operator(
     schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_core.experts_stats,
     reference=specification("experts", "experts_stats"),
-    check=_check.experts,
+    check=checks.experts,
     fake=_fake_experts_stats,
     save=lambda args, _: args,
     backward=_experts_gradients,
@@ -263,7 +264,7 @@ def _by_parts(
             "experts: a Python activation or row_norm must go with experts of one width, got "
             f"widths {min(widths)} to {max(widths)}"
         )
-    _check.choice(x, topk_ids, topk_weights)
+    checks.choice(x, topk_ids, topk_weights)
     _check.shape("experts", "x", x, "T", weights.hidden)
     plan = dispatch(topk_ids, num_experts=weights.num_experts, sentinel=sentinel)
     rows = permute(x, plan)

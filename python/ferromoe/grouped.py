@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import _check, _core
+from . import _core
+from ._checks import experts as checks
 from ._op import Operator, specification
 from .types import as_list, as_table
 
@@ -41,7 +42,7 @@ _grouped_matmul = Operator(
     " -> Tensor",
     kernel=_core.grouped_matmul,
     reference=specification("experts", "grouped_matmul"),
-    check=_check.grouped_matmul,
+    check=checks.grouped_matmul,
     fake=lambda x, w, offsets, bias, t: x.new_empty(x.shape[0], columns(w, t)),
     save=_grouped_save,
     backward=_grouped_backward,

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from . import _check, _core
+from ._checks import dispatch as checks
 from ._op import Operator, specification, torch_side
 from .types import Dispatch
 
@@ -28,7 +29,7 @@ _permute = Operator(
     schema="(Tensor x, Tensor slot_of_row, Tensor row_of_slot) -> Tensor",
     kernel=_core.permute,
     reference=specification("dispatch", "permute"),
-    check=_check.permute,
+    check=checks.permute,
     fake=lambda x, slot_of_row, row_of_slot: x.new_empty(slot_of_row.shape[0], x.shape[1]),
     on_gpu=lambda x, slots, rows, *out: _unpadded(slots, rows),
     save=lambda args, _: args[1:],
@@ -51,7 +52,7 @@ _unpermute = Operator(
     "Tensor? base) -> Tensor",
     kernel=_core.unpermute,
     reference=specification("dispatch", "unpermute"),
-    check=_check.unpermute,
+    check=checks.unpermute,
     fake=lambda y, slots, rows, w, base: y.new_empty(rows.shape[0], y.shape[1]),
     on_gpu=lambda y, slots, rows, w, base=None, *out: base is None and _unpadded(slots, rows),
     # The rows are needed for the weights' gradient only.

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from . import _check, _core
+from ._checks import experts as checks
 from ._op import Operator, specification
 from .types import ExpertWeights, Panels
 
@@ -69,6 +70,8 @@ def prepack(weights: ExpertWeights) -> ExpertWeights:
     tensors = [tensor for tensors in operands for tensor in tensors]
     for tensor in tensors:
         _check.array("prepack", "weights", tensor)
+        if (device := _check.device_of(tensor)) != "cpu":
+            raise ValueError(f"prepack: weights must be on the CPU, got {device}")
     if _needs_gradient(tensors):
         raise ValueError(
             "prepack: weights must not require a gradient, got some that do; under torch.no_grad() "
@@ -76,7 +79,8 @@ def prepack(weights: ExpertWeights) -> ExpertWeights:
         )
     gate_up, up, down, gate_up_bias, up_bias, down_bias = map(_detached, operands)
     first, last, bias, features, hidden, hidden_out = _core.prepack(
-        gate_up, up, down, gate_up_bias, up_bias, weights.packing, weights.transposed
+        *(gate_up, up, down, gate_up_bias, up_bias, down_bias),
+        *(weights.packing, weights.transposed),
     )
     return ExpertWeights(
         _one_or_list(first),
@@ -112,7 +116,7 @@ _packed_experts = Operator(
     " -> Tensor",
     kernel=_core.packed_experts,
     reference=specification("experts", "packed_experts"),
-    check=_check.packed_experts,
+    check=checks.packed_experts,
     fake=lambda x, gu, down, ids, w, gb, db, features, hidden, hidden_out, *_: x.new_empty(
         x.shape[0], hidden_out
     ),

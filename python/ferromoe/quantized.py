@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import _check, _core
+from . import _core
+from ._checks import experts as checks
 from ._op import Operator, specification
 from .types import ExpertWeights
 
@@ -34,7 +35,7 @@ _experts = Operator(
     schema=f"({_ARGUMENTS}) -> Tensor",
     kernel=_core.experts_quantized,
     reference=specification("experts", "experts_quantized"),
-    check=_check.experts_quantized,
+    check=checks.experts_quantized,
     fake=lambda x, gate_up, up, down, *_: x.new_empty(x.shape[0], down[0].shape[-2]),
     save=lambda args, _: args,
     backward=_gradients,

@@ -7,6 +7,7 @@ from math import inf, prod
 from typing import Any
 
 from . import _check, _core
+from ._checks import routing as checks
 from ._op import Operator, specification
 from .types import Routing
 
@@ -49,7 +50,7 @@ _route = Operator(
     " -> (Tensor, Tensor)",
     kernel=_core.route,
     reference=specification("routing", "route"),
-    check=_check.route,
+    check=checks.route,
     fake=_fake_route,
     # Scores are recomputed: of the chosen experts, or in one pass over the logits.
     save=lambda args, outputs: (args[0], outputs[1], args[2], args[1] is not None, *args[3:]),
@@ -61,7 +62,7 @@ _route_weights = Operator(
     schema=f"(Tensor router_logits, Tensor topk_ids, Tensor? expert_mask, {OPTIONS}) -> Tensor",
     kernel=_core.route_weights,
     reference=specification("routing", "route_weights"),
-    check=_check.route_weights,
+    check=checks.route_weights,
     fake=lambda router_logits, topk_ids, *_: router_logits.new_empty(
         topk_ids.shape, dtype=_wide(router_logits)
     ),
@@ -103,7 +104,7 @@ _route_stats = Operator(
     f"int num_sequences, {OPTIONS}) -> (Tensor, Tensor)",
     kernel=_core.route_stats,
     reference=specification("routing", "route_stats"),
-    check=_check.route_stats,
+    check=checks.route_stats,
     fake=_fake_stats,
     save=lambda args, _: (args[0], *args[2:]),
     backward=_stats_gradients,

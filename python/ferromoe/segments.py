@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from . import _check, _core
+from ._checks import dispatch as checks
 from ._op import Operator, specification
 from .dispatch import most_rows, pad_plan
 from .experts import is_torch
@@ -28,7 +29,7 @@ _chunk_maps = Operator(
     schema="(Tensor split_sizes, Tensor order, SymInt num_rows) -> (Tensor, Tensor)",
     kernel=_core.chunk_maps,
     reference=specification("dispatch", "chunk_maps"),
-    check=_check.chunk_maps,
+    check=checks.chunk_maps,
     fake=_fake_chunk_maps,
 )
 

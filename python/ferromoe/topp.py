@@ -6,6 +6,7 @@ from math import inf
 from typing import Any
 
 from . import _check, _core
+from ._checks import routing as checks
 from ._op import Operator, specification, torch_side
 from .routing import OPTIONS, flat_rows, route
 from .types import Routing
@@ -15,7 +16,7 @@ _route_topp = Operator(
     schema=f"(Tensor router_logits, float threshold, int min_k, {OPTIONS}) -> Tensor",
     kernel=_core.route_topp,
     reference=specification("routing", "route_topp"),
-    check=_check.route_topp,
+    check=checks.route_topp,
     fake=lambda router_logits, threshold, min_k, top_k, *_: router_logits.new_empty(
         router_logits.shape[0], top_k, dtype=_int32()
     ),

@@ -3,12 +3,15 @@
 
 use pyo3::prelude::*;
 
+mod allocate;
 mod compress;
 mod cuda;
 mod dispatch;
 mod dlpack;
 mod error;
 mod experts;
+mod grouped;
+mod layer;
 mod machine;
 mod memory;
 mod output;
@@ -32,10 +35,9 @@ mod _core {
     #[pymodule_export]
     use super::dispatch::{dispatch, pad_plan, padded_offsets};
     #[pymodule_export]
-    use super::experts::{
-        experts, experts_backward, experts_stats, grouped_matmul, grouped_matmul_wgrad,
-        grouped_sum, tile_name,
-    };
+    use super::experts::{experts, experts_backward, experts_stats, tile_name};
+    #[pymodule_export]
+    use super::grouped::{grouped_matmul, grouped_matmul_wgrad, grouped_sum};
     #[pymodule_export]
     use super::machine::{build_profile, cpu_features, measure_limits};
     #[pymodule_export]

@@ -1,7 +1,7 @@
 //! Arrays that an operation writes.
 #![allow(unsafe_code, reason = "turns checked addresses into slices")]
 
-use crate::dlpack;
+use crate::allocate::allocate;
 use crate::error::to_py;
 use crate::tensor::{Pod, View, dl_dtype, library};
 use ferromoe_core::Dtype;
@@ -16,7 +16,7 @@ impl<'py> Output<'py> {
     pub fn empty(like: &View<'py>, shape: &[usize], dtype: Dtype) -> PyResult<Self> {
         let extents: Vec<i64> = shape.iter().map(|&extent| extent as i64).collect();
         let device = like.tensor.device;
-        match dlpack::allocate(like.op, &like.object, &extents, dl_dtype(dtype), device)? {
+        match allocate(like.op, &like.object, &extents, dl_dtype(dtype), device)? {
             Some((array, tensor)) => {
                 Ok(Self(View::of_new(like.op, array, tensor, shape, dtype, like.device())))
             }

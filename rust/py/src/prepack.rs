@@ -1,7 +1,8 @@
 //! Weights in the order in which the kernels read them, and the layer over them.
 
 use crate::error::{no_kernel, to_py};
-use crate::experts::{Arrays, Table, Tokens, each_mut, function, packing_of};
+use crate::experts::{Arrays, each_mut};
+use crate::layer::{Table, Tokens, function, packing_of};
 use crate::output::Output;
 use crate::run::run;
 use crate::tensor::{Device, Pod, View};
@@ -25,15 +26,19 @@ pub fn prepack<'py>(
     down: Vec<Bound<'py, PyAny>>,
     gate_up_bias: Vec<Bound<'py, PyAny>>,
     up_bias: Vec<Bound<'py, PyAny>>,
+    down_bias: Vec<Bound<'py, PyAny>>,
     packing: &str,
     transposed: bool,
 ) -> PyResult<Packed<'py>> {
     const OP: &str = "prepack";
     let first = View::any_strides(OP, "gate_up", &gate_up[0])?;
     first.on_cpu()?;
-    let table = |arg, list| Table::new(OP, arg, list, &first);
+    let dtype = first.dtype();
+    let expected = format!("of the dtype of gate_up, {}", dtype.name());
+    let table = |arg, list| Table::of(OP, arg, list, &first, (&[dtype], &expected));
     let (gate_up, up, down) = (table("gate_up", gate_up)?, table("up", up)?, table("down", down)?);
     let biases = [table("gate_up_bias", gate_up_bias)?, table("up_bias", up_bias)?];
+    let down_bias = table("down_bias", down_bias)?;
     let packing = packing_of(OP, packing)?;
     with_float!(first, T, {
         let tensors = Tensors {
@@ -42,7 +47,7 @@ pub fn prepack<'py>(
             down: down.matrices()?,
             gate_up_bias: biases[0].vectors()?,
             up_bias: biases[1].vectors()?,
-            down_bias: Vec::new(),
+            down_bias: down_bias.vectors()?,
         };
         let experts =
             Experts::<T>::new(OP, tensors, packing, transposed, IDENTITY).map_err(to_py)?;

@@ -1,10 +1,11 @@
 //! The layer over weights of 8 or 4 bits.
 
 use crate::error::to_py;
-use crate::experts::{Arrays, Layer, Table, forward, gradients};
+use crate::experts::{Arrays, forward, gradients};
+use crate::layer::{Layer, Table};
 use crate::tensor::View;
 use ferromoe_core::experts::Coded;
-use ferromoe_core::experts::quant::Bits;
+use ferromoe_core::experts::codes::Bits;
 use ferromoe_core::{Dtype, Error};
 use pyo3::prelude::*;
 

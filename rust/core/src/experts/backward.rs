@@ -5,9 +5,9 @@
 //! has the gradient `d · m` (plus `grad[t] · down_bias`), gate and up get the activation's slopes
 //! times `w · d`, and everything else is a product with one of these.
 
+use super::matrix::{Part, Projection};
 use super::product::{outer, product};
 use super::tile::{Choice, Operand, Tile, Tiled};
-use super::weights::{Part, Projection};
 use super::{
     Call, Experts, Inputs, Plan, Rows, columns_per_task, grain, output_weight, summed, units,
 };

@@ -1,9 +1,10 @@
 //! Products of consecutive rows with one matrix per expert, and their gradients.
 
 use super::backward::HEIGHT;
+use super::matrix::{Matrix, Projection};
 use super::product::{outer, product};
 use super::tile::{Choice, Operand, Tile, Tiled};
-use super::weights::{Matrix, Projection, Tensor};
+use super::weights::Tensor;
 use super::{Rows, grain, units};
 use crate::dtype::Accumulator;
 use crate::error::{Error, Result, check_shape};

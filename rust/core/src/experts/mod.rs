@@ -8,12 +8,14 @@
 
 pub mod activation;
 mod backward;
+pub mod codes;
 
 mod forward;
 mod grouped;
+pub mod matrix;
 mod panels;
 mod product;
-pub mod quant;
+mod quant;
 mod stats;
 #[cfg(test)]
 mod tests;

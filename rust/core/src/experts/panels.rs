@@ -5,9 +5,10 @@
 //! panels go along k in order, however many rows there are, so they do not depend on the company
 //! of a row.
 
+use super::matrix::Projection;
 use super::product::{add_biases, even_chunks};
 use super::tile::{Choice, Operand, Tile, Tiled, panels_at_once};
-use super::weights::{Experts, Projection};
+use super::weights::Experts;
 use crate::chunks::for_each_chunk;
 use crate::error::Result;
 use crate::{Element, isa};

@@ -1,8 +1,8 @@
 //! Rows times the columns of a projection, and sums of outer products: what forward and backward
 //! are made of.
 
+use super::matrix::{Matrix, Part, Projection};
 use super::tile::{AXPY_ROWS, DOT_ROWS, Operand, Tile, Tiled, fetch};
-use super::weights::{Matrix, Part, Projection};
 use super::{batch_invariant, panels, quant};
 use crate::grid::Cell;
 use crate::{Element, arena};

@@ -10,7 +10,7 @@
 )]
 
 use super::DOT_ROWS;
-use crate::experts::quant::{BLOCK, Bits};
+use crate::experts::codes::{BLOCK, Bits};
 use crate::isa::Isa;
 
 /// The dot products for one kind of codes.

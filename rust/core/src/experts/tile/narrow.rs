@@ -11,7 +11,7 @@
 
 use super::DOT_ROWS;
 use crate::arena::{self, Scratch};
-use crate::experts::quant::{BLOCK, Bits};
+use crate::experts::codes::{BLOCK, Bits};
 use crate::isa::Isa;
 use crate::simd::{self, Job};
 
