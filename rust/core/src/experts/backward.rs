@@ -235,16 +235,20 @@ fn input_gradient<T: Tiled, A: Operand<T>>(
 ) {
     let width = call.hidden;
     let col_cuts = cuts(width, columns_per_task(width, tile.cols, !experts.along_n()));
-    let (chunks, row_cuts) = (col_cuts.len() - 1, [0, call.tokens]);
-    let chunk_cuts: Vec<_> = (0..=chunks).collect();
-    // Where the weight multiplied x, its gradient is x times this row's.
-    let mut by_weight = Buffer::new(if call.weight_on_input { plan.rows() } else { 0 }, chunks);
+    let row_cuts = [0, call.tokens];
+    // Where the weight multiplied x, its gradient is x times this row's: summed in blocks, of which
+    // every task has whole ones, so that the sums do not depend on how many tasks there are.
+    let block = tile.cols;
+    let block_cuts: Vec<_> = col_cuts.iter().map(|cut| cut.div_ceil(block)).collect();
+    let blocks = width.div_ceil(block);
+    let mut by_weight = Buffer::new(if call.weight_on_input { plan.rows() } else { 0 }, blocks);
     by_weight.data.fill(T::Acc::default());
-    let weight_cuts = [0, by_weight.data.len() / chunks.max(1)];
+    let weight_cuts = [0, by_weight.data.len() / blocks.max(1)];
     summed(dx, width, |sums| {
         let grid = Grid::new(sums, width, &row_cuts, &col_cuts);
-        let weights = Grid::new(&mut by_weight.data, chunks, &weight_cuts, &chunk_cuts);
-        let work = 2 * plan.rows() * experts.max_features() * width.div_ceil(chunks.max(1));
+        let weights = Grid::new(&mut by_weight.data, blocks, &weight_cuts, &block_cuts);
+        let tasks = (col_cuts.len() - 1).max(1);
+        let work = 2 * plan.rows() * experts.max_features() * width.div_ceil(tasks);
         threads::for_each(grid.cells(), grain(work), |index| {
             let (mut cell, mut dots) = (grid.cell(index), weights.cell(index));
             for token in 0..call.tokens {
@@ -264,8 +268,10 @@ fn input_gradient<T: Tiled, A: Operand<T>>(
                         if call.weight_on_input {
                             weight = plan.weight_of_row[row];
                             let x = &call.x[token * width..][run.clone()];
-                            for (x, value) in x.iter().zip(&*values) {
-                                dots.row(row)[0] += x.widen() * *value;
+                            let first = dots.cols.start;
+                            let dots = dots.row(row);
+                            for (at, (x, value)) in run.clone().zip(x.iter().zip(&*values)) {
+                                dots[at / block - first] += x.widen() * *value;
                             }
                         }
                         let run = run.start - columns.start..run.end - columns.start;
