@@ -80,9 +80,14 @@ def test_a_step_that_no_version_counts_is_noticed() -> None:
     logits(model, tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     model(tokens, labels=tokens).loss.backward()
+    logits(model, tokens)  # a validation between the gradient and the step
     optimizer.step()
     packed = logits(model, tokens)
-    torch.testing.assert_close(packed, natural_logits(model, tokens))
+    optimizer.zero_grad()
+    again = logits(model, tokens)
+    natural = natural_logits(model, tokens)
+    torch.testing.assert_close(packed, natural)
+    torch.testing.assert_close(again, natural)
 
 
 def test_a_tensor_at_the_address_of_another_is_noticed() -> None:

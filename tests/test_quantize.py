@@ -110,8 +110,9 @@ def test_equals_the_dequantised_layer(
     dense = ferromoe.experts(wide, dequantize_experts(made, torch.float64), ids, share)
     theirs = torch.autograd.grad(dense, (wide, share), grad.double())
     most = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-    for a, b in zip((ours, *mine), (dense, *theirs), strict=True):
-        assert distance(a, b) < most
+    # One token has two gradients of shares, each a long sum that may nearly cancel.
+    for a, b, slack in zip((ours, *mine), (dense, *theirs), (1, 1, 4), strict=True):
+        assert distance(a, b) < slack * most
 
 
 def test_a_token_with_an_outlier_loses_no_more_than_bfloat16_does() -> None:
@@ -122,6 +123,39 @@ def test_a_token_with_an_outlier_loses_no_more_than_bfloat16_does() -> None:
     with ferromoe.use_backend("reference"):
         theirs = ferromoe.experts(x, made, ids, share)
     assert distance(ferromoe.experts(x, made, ids, share), exact) < 2 * distance(theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("outlier", [100.0, 300.0, 1000.0, 1e4])
+def test_an_outlier_that_weighs_nothing_spoils_not_the_rest(
+    outlier: float, dtype: torch.dtype
+) -> None:
+    weights = layer()
+    weights.gate_up[:, :, 7] = 0
+    made = quantize_experts(weights)
+    x, ids, share = batch(2, dtype)
+    x[:, 7] = outlier
+    exact = ferromoe.experts(x.double(), made, ids, share)
+    with ferromoe.use_backend("reference"):
+        theirs = ferromoe.experts(x, made, ids, share)
+    ours = ferromoe.experts(x, made, ids, share)
+    assert distance(ours, exact) < 2 * distance(theirs, exact)
+
+
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_without_features_give_nothing(dtype: torch.dtype, group: int | None) -> None:
+    gate_up = [torch.randn(128, 32, generator=GENERATOR), torch.zeros(0, 32)]
+    down = [torch.randn(32, 64, generator=GENERATOR), torch.zeros(32, 0)]
+    x, ids = torch.ones(2, 32, dtype=dtype), torch.tensor([[0], [1]])
+    for bits in (8, 4):
+        made = quantize_experts(ExpertWeights(gate_up, down), bits=bits, group=group)
+        out = ferromoe.experts(x, made, ids, torch.ones(2, 1))
+        assert out[0].any()
+        assert not out[1].any()
+        with ferromoe.use_backend("reference"):
+            expected = ferromoe.experts(x, made, ids, torch.ones(2, 1))
+        assert distance(out, expected) < 2e-2
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -214,6 +248,8 @@ def test_biases_of_another_dtype_are_added_in_that_of_the_tokens() -> None:
     assert torch.equal(out, ferromoe.experts(x, with_narrow, ids, share))
     out.float().sum().backward()
     assert bias.grad is not None
+    with_stats, _ = ferromoe.experts(x, made, ids, share, stats=True)
+    torch.testing.assert_close(with_stats, out, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(bias.grad[0, 0], share[ids == 0].sum(), rtol=1e-2, atol=0)
 
 
@@ -249,8 +285,26 @@ def test_sizes_and_names_are_told() -> None:
             r"weights must not be packed, got ExpertWeights",
         ),
         (
-            lambda w: quantize_experts(replace(w, down=w.down * torch.inf)),
-            r"down must be finite, got a row with",
+            lambda w: quantize_experts(replace(w, down=w.down.abs() * torch.inf), bits=4),
+            r"down must be finite, got inf",
+        ),
+        (
+            lambda w: quantize_experts(replace(w, down=w.down * torch.nan)),
+            r"down must be finite, got nan",
+        ),
+        (lambda w: quantize_experts(w, bits=8.0), r"bits must be 8 or 4, got 8.0"),
+        (lambda w: quantize_experts(w, group="32"), r"group must be a multiple .* got '32'"),
+        (
+            lambda w: quantize_experts(replace(w, down=w.down.to("meta"))),
+            r"down must hold numbers, got a meta tensor",
+        ),
+        (
+            lambda w: quantize_experts(replace(w, gate_up=w.gate_up[:, 0], down=w.down[:, 0])),
+            r"gate_up must have shape \[E, out, in\]",
+        ),
+        (
+            lambda _: quantize_experts(ExpertWeights(torch.zeros(0, 4, 32), torch.zeros(0, 32, 2))),
+            r"weights must hold at least one expert, got none",
         ),
     ],
 )

@@ -256,7 +256,7 @@ def experts_quantized(
                 k = first[each][0] // per
             padded = -(-k // 32) * (32 if code == "int8" else 16)
             _extents(op, arg, matrix, (n, padded))
-            _extents(op, f"{arg}_scale", factors[each], (n, k // group if group else 1))
+            _extents(op, f"{arg}_scale", factors[each], (n, k // group if group and k else 1))
     shape(op, "x", x, tokens, hidden)
     sentinel(op, no_expert, len(first))
 

@@ -89,9 +89,13 @@ def _reads_copy(weights: ExpertWeights, *inputs: Tensor) -> bool:
     if transformed or torch._C._len_torch_dispatch_stack():
         return False
     tensors = [tensor for tensors in weights.operands() for tensor in tensors]
-    # Nobody counts what is written into inference tensors.
-    if any(not tensor.is_cpu or tensor.is_inference() for tensor in tensors):
-        return False
+    for tensor in tensors:
+        # Nobody counts what is written into inference tensors.
+        if not tensor.is_cpu or tensor.is_inference():
+            return False
+        # Nor, in all optimizers, the step that follows a gradient.
+        if tensor.is_leaf and tensor.grad is not None:
+            return False
     learns = any(tensor.requires_grad for tensor in (*inputs, *tensors))
     return not (torch.is_grad_enabled() and learns)
 
@@ -116,13 +120,15 @@ class _PackedCopy:
         made_of = [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in tensors]
         # What has gone may have left its address to another tensor.
         gone = any(storage.expired() for storage in self.storages)
-        if self.weights is None or gone or made_of != self.made_of:
+        packed = self.weights  # which another thread may clear
+        if packed is None or gone or made_of != self.made_of:
             self.clear()  # so that two copies never stand side by side
+            del packed
             with torch.no_grad():
-                self.weights = pack(weights)
-            self.made_of = made_of
+                packed = pack(weights)
             self.storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
-        return self.weights
+            self.made_of, self.weights = made_of, packed
+        return packed
 
 
 def _gate_of(module: Any) -> tuple[Activation, str]:
@@ -267,9 +273,9 @@ def enable(model: Any, *, prepack: bool = False) -> Report:
     prepack : bool
         Keep a copy of each CPU layer's experts in the kernels' own order (see `ferromoe.prepack`):
         as much memory again as the experts take, told by the report. Calls that need no gradient
-        (under ``torch.no_grad()``, as in ``generate``) and are not traced read it; where weights
-        have changed since, it is made anew. Values written through ``.data`` or a NumPy view go
-        unnoticed: call `enable` again after them.
+        (under ``torch.no_grad()``, as in ``generate``) and are not traced read it, unless a weight
+        holds a ``.grad``; where weights have changed since, it is made anew. Values written through
+        ``.data`` or a NumPy view go unnoticed: call `enable` again after them.
 
     Returns
     -------

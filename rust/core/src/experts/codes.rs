@@ -71,7 +71,8 @@ impl<'a> Codes<'a> {
             let got = format!("rows of {k} in groups of {group}");
             return Err(Error::Value { op, arg, expected, got });
         }
-        let group = group.unwrap_or(k);
+        // A row of nothing has one scale, which nothing is multiplied by.
+        let group = group.filter(|_| k > 0).unwrap_or(k);
         let codes = Self { bytes, scales, bits, k, group };
         check_shape(op, arg, &[bytes.len()], &[n * bits.row_bytes(k)])?;
         check_shape(op, arg, &[scales.len()], &[n * codes.groups()])?;

@@ -89,10 +89,10 @@ enum Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// Rows of 16-bit floats lose next to nothing as integers.
+    /// Rows of bf16 lose no more as integers than they already have; those of f16 would.
     fn new<T: Element>(x: &'a [&'a [f32]], codes: &Codes<'_>) -> Option<Self> {
         let (isa, groups) = (isa::chosen_or_scalar(), codes.groups());
-        let narrow = (T::DTYPE != Dtype::F32).then(|| Narrow::new(x, groups)).flatten();
+        let narrow = (T::DTYPE == Dtype::BF16).then(|| Narrow::new(x, groups)).flatten();
         Some(match narrow {
             Some(narrow) => Self::Narrow(narrow::Dot::of(isa, codes.bits)?, narrow),
             None => Self::Float(Dot::of(isa, codes.bits, groups > 1)?, x),

@@ -59,7 +59,8 @@ impl Dot {
         let streams = self.streams(x.len());
         let (len, groups) = (x[0].len(), scales[0].len());
         assert!((1..=DOT_ROWS).contains(&x.len()) && (1..=streams).contains(&codes.len()));
-        assert!(len.is_multiple_of(BLOCK * groups) && x.iter().all(|x| x.len() == len));
+        assert!(groups > 0 && len.is_multiple_of(BLOCK * groups));
+        assert!(x.iter().all(|x| x.len() == len));
         assert!(codes.iter().all(|codes| codes.len() == len / BLOCK * self.bits.block_bytes()));
         assert!(scales.len() == codes.len() && scales.iter().all(|s| s.len() == groups));
         assert!(out.len() >= x.len() * streams);

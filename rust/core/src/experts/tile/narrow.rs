@@ -1,9 +1,10 @@
-//! Dot products of few rows of 16-bit floats with codes, in integers: twice as many multiplications
-//! per instruction as in `f32`, which 4-bit codes need to keep up with memory.
+//! Dot products of few rows of bf16 with codes, in integers: twice as many multiplications per
+//! instruction as in `f32`, which 4-bit codes need to keep up with memory.
 //!
 //! Each row of x is cut into segments of up to 256 values, and each segment is rounded to 15 bits
-//! and a sign below its largest magnitude: finer than bf16 itself for all values down to 1/256 of
-//! that, and f16's step at a sixteenth. Sums of products are exact until they are scaled.
+//! and a sign below its largest magnitude: finer than bf16 itself for all values down to 1/128 of
+//! that. Rows whose other values would lose more than bf16 does, for an outlier beside them, are
+//! not taken. Sums of products are exact until they are scaled.
 //!
 //! One kernel of AVX2 serves AVX-512 too: with it codes come from memory slower than they are
 //! multiplied.
@@ -33,7 +34,7 @@ pub(in crate::experts) struct Narrow {
 
 impl Narrow {
     /// The rows, whose padded length is a multiple of whole blocks for each of `groups`; `None` if
-    /// a value is not finite.
+    /// a value is not finite, or outliers leave too little of the rest.
     pub(in crate::experts) fn new(rows: &[&[f32]], groups: usize) -> Option<Self> {
         let len = rows[0].len();
         let group = len / groups;
@@ -63,7 +64,7 @@ struct Round<'a> {
 }
 
 impl Job for Round<'_> {
-    /// Whether all values were finite.
+    /// Whether integers hold the values well.
     type Output = bool;
 
     #[inline(always)]
@@ -85,6 +86,9 @@ impl Job for Round<'_> {
                 if !inverse.is_finite() {
                     (scale, inverse) = (0.0, 0.0); // nothing, or nearly
                 }
+                if loses(x, largest / FINE, scale) {
+                    return false;
+                }
                 let mut sum = 0;
                 for (out, x) in out.iter_mut().zip(x) {
                     *out = (x * inverse).round_ties_even() as i16;
@@ -96,6 +100,26 @@ impl Job for Round<'_> {
         }
         true
     }
+}
+
+/// Values above this part of the largest lose no more than bf16 does.
+const FINE: f32 = 128.0;
+
+/// Whether rounding to steps of `scale` moves what lies below `small` by more than bf16's own step,
+/// 1/256 of a value, in the mean.
+#[inline(always)]
+fn loses(x: &[f32], small: f32, scale: f32) -> bool {
+    let (mut squares, mut count) = ([0.0f32; BLOCK], [0.0f32; BLOCK]);
+    for x in x.as_chunks::<BLOCK>().0 {
+        for lane in 0..BLOCK {
+            let below = x[lane].abs() < small && x[lane] != 0.0;
+            let below = f32::from(u8::from(below));
+            squares[lane] += below * (x[lane] * x[lane]);
+            count[lane] += below;
+        }
+    }
+    let (squares, count): (f32, f32) = (squares.iter().sum(), count.iter().sum());
+    count * (scale * scale / 12.0) > squares / (256.0 * 256.0)
 }
 
 /// The dot products for one kind of codes.
@@ -138,7 +162,8 @@ impl Dot {
     ) {
         let streams = Self::streams(rows.len());
         assert!((1..=DOT_ROWS).contains(&rows.len()) && (1..=streams).contains(&codes.len()));
-        assert!(x.len.is_multiple_of(BLOCK * x.groups) && rows.end * x.len <= x.values.len());
+        assert!(x.groups > 0 && x.len.is_multiple_of(BLOCK * x.groups));
+        assert!(rows.end * x.len <= x.values.len());
         assert!(x.scales.len() >= rows.end * x.segments && x.starts.len() == x.scales.len());
         let bytes = x.len / BLOCK * self.bits.block_bytes();
         assert!(codes.iter().all(|codes| codes.len() == bytes));
