@@ -41,8 +41,8 @@ impl Bits {
 /// The codes of a matrix, row by row.
 #[derive(Debug, Clone, Copy)]
 pub struct Codes<'a> {
-    bytes: &'a [u8],
-    scales: &'a [f32],
+    pub(super) bytes: &'a [u8],
+    pub(super) scales: &'a [f32],
     pub(super) bits: Bits,
     k: usize,
     /// Weights that share a scale: a whole row, or a multiple of [`BLOCK`].
@@ -96,7 +96,22 @@ impl<'a> Codes<'a> {
         Self { bytes, scales, ..self }
     }
 
-    pub(super) fn row(&self, n: usize) -> (&'a [u8], &'a [f32]) {
+    /// Some of the rows.
+    pub(super) fn rows(self, rows: Range<usize>) -> Self {
+        let (bytes, groups) = (self.row_bytes(), self.groups());
+        Self {
+            bytes: &self.bytes[rows.start * bytes..rows.end * bytes],
+            scales: &self.scales[rows.start * groups..rows.end * groups],
+            ..self
+        }
+    }
+
+    /// Rows: each has a scale at least.
+    pub(super) fn len(&self) -> usize {
+        self.scales.len() / self.groups()
+    }
+
+    fn row(&self, n: usize) -> (&'a [u8], &'a [f32]) {
         let (bytes, groups) = (self.row_bytes(), self.groups());
         (&self.bytes[n * bytes..][..bytes], &self.scales[n * groups..][..groups])
     }

@@ -12,6 +12,7 @@ use super::tile::codes::Dot;
 use super::tile::narrow::{self, Narrow};
 use super::tile::{DOT_ROWS, Operand, Tile, Tiled};
 use crate::dtype::Accumulator;
+use crate::simd::{self, Job};
 use crate::{Dtype, Element, arena, isa};
 use std::ops::Range;
 
@@ -92,24 +93,27 @@ impl<'a> Rows<'a> {
     /// Rows of bf16 lose no more as integers than they already have; those of f16 would.
     fn new<T: Element>(x: &'a [&'a [f32]], codes: &Codes<'_>) -> Option<Self> {
         let (isa, groups) = (isa::chosen_or_scalar(), codes.groups());
-        let narrow = (T::DTYPE == Dtype::BF16).then(|| Narrow::new(x, groups)).flatten();
-        Some(match narrow {
-            Some(narrow) => Self::Narrow(narrow::Dot::of(isa, codes.bits)?, narrow),
-            None => Self::Float(Dot::of(isa, codes.bits, groups > 1)?, x),
-        })
+        if T::DTYPE == Dtype::BF16 {
+            let dot = narrow::Dot::of(isa, codes.bits)?;
+            if let Some(narrow) = Narrow::new(dot, x, groups) {
+                return Some(Self::Narrow(dot, narrow));
+            }
+        }
+        Some(Self::Float(Dot::of(isa, codes.bits, groups > 1)?, x))
     }
 
-    fn streams(&self, rows: usize) -> usize {
+    /// Rows that one call takes.
+    fn most(&self) -> usize {
         match self {
-            Self::Float(dot, _) => dot.streams(rows),
-            Self::Narrow(..) => narrow::Dot::streams(rows),
+            Self::Float(..) => DOT_ROWS,
+            Self::Narrow(..) => narrow::ROWS,
         }
     }
 
-    fn dot(&self, rows: Range<usize>, codes: &[&[u8]], scales: &[&[f32]], out: &mut [f32]) {
+    fn dot(&self, rows: Range<usize>, codes: &Codes<'_>, out: &mut [f32], stride: usize) {
         match self {
-            Self::Float(dot, x) => dot.dot(&x[rows], codes, scales, out),
-            Self::Narrow(dot, x) => dot.dot(x, rows, codes, scales, out),
+            Self::Float(dot, x) => dot.dot(&x[rows], codes, out, stride),
+            Self::Narrow(dot, x) => dot.dot(x, rows, codes, out, stride),
         }
     }
 }
@@ -125,64 +129,61 @@ fn few<T: Tiled, A: Element<Acc = T::Acc>>(
     let mut wide = arena::take::<f32>(rows.len() * padded);
     let mut x = Vec::with_capacity(rows.len());
     for (row, wide) in rows.iter().zip(wide.chunks_exact_mut(padded.max(1))) {
-        for (wide, x) in wide.iter_mut().zip(*row) {
-            *wide = x.widen().to_f64() as f32; // which is exact: f64 does not come here
-        }
+        simd::widest(Widen(row, &mut wide[..k]));
         wide[k..].fill(0.0);
         x.push(&*wide);
     }
     x.resize(rows.len(), &[]); // k is 0
     let width = features.len() * projection.per_feature;
-    let mut sums = arena::take::<T::Acc>(rows.len() * parts * width);
+    let mut products = arena::take::<f32>(rows.len() * parts * width);
     let mut made = None;
     for (index, part) in projection.parts().enumerate() {
         let codes = part.matrix.codes.expect("all parts of a projection are stored alike");
-        let columns = columns(projection, &features);
         let rows = made.get_or_insert_with(|| {
             Rows::new::<T>(&x, &codes).expect("the instructions were asked for")
         });
-        dots(rows, x.len(), &codes, columns, &mut sums[index * width..], parts * width);
+        let codes = codes.rows(columns(projection, &features));
+        dots(rows, x.len(), codes, &mut products[index * width..], parts * width);
     }
-    for (row, sums) in sums.chunks_exact_mut(parts * width).enumerate() {
+    let mut sums = vec![T::Acc::default(); parts * width];
+    for (row, products) in products.chunks_exact(parts * width).enumerate() {
+        for (sum, &product) in sums.iter_mut().zip(products) {
+            *sum = T::Acc::from_f64(product.into());
+        }
         let (first, second) = sums.split_at_mut(width);
         add_biases(projection, &features, first, second);
         each(row, features.clone(), first, second);
     }
 }
 
-/// Each stream walks through a stretch of neighbouring rows, as in the dense product.
-fn dots<Acc: Accumulator>(
-    x: &Rows<'_>,
-    rows: usize,
-    codes: &Codes<'_>,
-    columns: Range<usize>,
-    sums: &mut [Acc],
-    stride: usize,
-) {
-    let chunks = rows.div_ceil(DOT_ROWS);
-    let most = rows.div_ceil(chunks);
-    let streams = x.streams(most);
-    let stretch = columns.len().div_ceil(streams);
-    // A last chunk may be short enough for more streams than it is given.
-    let mut out = vec![0.0; most * x.streams(1)];
-    let (mut w, mut scales) = (Vec::with_capacity(streams), Vec::with_capacity(streams));
-    for step in 0..stretch {
-        let picked = || (columns.start + step..columns.end).step_by(stretch);
-        w.clear();
-        scales.clear();
-        for (row, scale) in picked().map(|n| codes.row(n)) {
-            w.push(row);
-            scales.push(scale);
+/// Values as `f32`, which is exact: `f64` does not come here.
+struct Widen<'a, A>(&'a [A], &'a mut [f32]);
+
+impl<A: Element> Job for Widen<'_, A> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        for (wide, x) in self.1.iter_mut().zip(self.0) {
+            *wide = x.widen().to_f64() as f32;
         }
+    }
+}
+
+/// Where several calls read the same codes, the first one brings so many of them into the cache.
+const STRIPE: usize = 128 << 10;
+
+/// `out[row * stride + n] = x[row] · codes[n]` for all `rows`.
+fn dots(x: &Rows<'_>, rows: usize, codes: Codes<'_>, out: &mut [f32], stride: usize) {
+    let chunks = rows.div_ceil(x.most());
+    let count = codes.len();
+    let stripe = if chunks == 1 { count } else { STRIPE.div_ceil(codes.row_bytes().max(1)) };
+    for begin in (0..count).step_by(stripe.max(1)) {
+        let codes = codes.rows(begin..(begin + stripe).min(count));
         for chunk in 0..chunks {
             let some = rows * chunk / chunks..rows * (chunk + 1) / chunks;
-            x.dot(some.clone(), &w, &scales, &mut out);
-            let streams = x.streams(some.len());
-            for (row, out) in some.zip(out.chunks_exact(streams)) {
-                for (n, &value) in picked().zip(out) {
-                    sums[row * stride + n - columns.start] = Acc::from_f64(value.into());
-                }
-            }
+            let out = &mut out[some.start * stride + begin..];
+            x.dot(some, &codes, out, stride);
         }
     }
 }
@@ -222,17 +223,16 @@ mod tests {
             let Some(dot) = Dot::of(isa, bits, groups > 1) else { continue };
             let x = quarters(DOT_ROWS * k, 1);
             let x: Vec<_> = x.chunks_exact(k).collect();
-            let narrow = Narrow::new(&x, groups).unwrap();
-            let narrow = Rows::Narrow(narrow::Dot::of(isa, bits).unwrap(), narrow);
-            for (rows, exact) in [(Rows::Float(dot, &x), true), (narrow, false)] {
-                for m in 1..=DOT_ROWS {
-                    let streams = rows.streams(m);
-                    let picked = 0..streams.min(N);
-                    let (w, s): (Vec<_>, Vec<_>) = picked.map(|n| codes.row(n)).unzip();
-                    let mut out = vec![f32::NAN; m * streams];
-                    rows.dot(DOT_ROWS - m..DOT_ROWS, &w, &s, &mut out);
-                    for (x, out) in x[DOT_ROWS - m..].iter().zip(out.chunks_exact(streams)) {
-                        for (n, out) in out[..w.len()].iter().enumerate() {
+            let narrow_dot = narrow::Dot::of(isa, bits).unwrap();
+            let narrow = Narrow::new(narrow_dot, &x, groups).unwrap();
+            let kinds = [Rows::Float(dot, &x), Rows::Narrow(narrow_dot, narrow)];
+            for (rows, exact) in kinds.into_iter().zip([true, false]) {
+                for (m, count) in (1..=rows.most()).flat_map(|m| (1..=N).map(move |n| (m, n))) {
+                    let first = DOT_ROWS - m;
+                    let mut out = vec![f32::NAN; m * N];
+                    rows.dot(first..DOT_ROWS, &codes.rows(N - count..N), &mut out, N);
+                    for (x, out) in x[first..].iter().zip(out.chunks_exact(N)) {
+                        for (n, out) in (N - count..N).zip(out) {
                             let products = x.iter().zip(&weights[n * k..]).map(|(x, w)| x * w);
                             let want: f32 = products.clone().sum();
                             let room = products.map(f32::abs).sum::<f32>() * 1e-4;
@@ -246,12 +246,23 @@ mod tests {
     }
 
     #[test]
+    fn a_row_becomes_integers_beside_little_near_zero_and_not_beside_an_outlier() {
+        let Some(dot) = narrow::Dot::of(isa::chosen_or_scalar(), Bits::Four) else { return };
+        let mut x = quarters(8 * BLOCK, 1);
+        x[..16].fill(1e-9);
+        assert!(Narrow::new(dot, &[&x], 1).is_some());
+        x[100] = 1e6;
+        assert!(Narrow::new(dot, &[&x], 1).is_none());
+    }
+
+    #[test]
     fn rows_that_are_not_finite_do_not_become_integers() {
+        let Some(dot) = narrow::Dot::of(isa::chosen_or_scalar(), Bits::Four) else { return };
         let mut x = quarters(2 * BLOCK, 1);
-        assert!(Narrow::new(&[&x], 2).is_some());
+        assert!(Narrow::new(dot, &[&x], 2).is_some());
         for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             x[BLOCK + 3] = value;
-            assert!(Narrow::new(&[&x], 2).is_none());
+            assert!(Narrow::new(dot, &[&x], 2).is_none());
         }
     }
 }

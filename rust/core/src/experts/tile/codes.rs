@@ -10,16 +10,14 @@
 )]
 
 use super::DOT_ROWS;
-use crate::experts::codes::{BLOCK, Bits};
+use crate::experts::codes::{BLOCK, Bits, Codes};
 use crate::isa::Isa;
 
 /// The dot products for one kind of codes.
 pub struct Dot {
-    /// Weight rows that one call takes, with up to half of [`DOT_ROWS`].
-    streams: usize,
     bits: Bits,
     #[allow(clippy::type_complexity, reason = "the signature of the method of its name")]
-    run: unsafe fn(&[&[f32]], &[&[u8]], &[&[f32]], &mut [f32]),
+    run: unsafe fn(&[&[f32]], &Codes<'_>, &mut [f32], usize),
 }
 
 impl Dot {
@@ -41,68 +39,63 @@ impl Dot {
         }
     }
 
-    /// Weight rows that a call with this many rows of x takes: as many as the registers hold.
-    pub(in crate::experts) fn streams(&self, rows: usize) -> usize {
-        if rows > DOT_ROWS / 2 { self.streams / 2 } else { self.streams }
-    }
-
-    /// `out[m][s] = x[m] · w[s]`; rows of `out` are `streams(x.len())` wide.
-    ///
-    /// Rows of x and of codes are padded to whole blocks; each row of codes has its scales.
+    /// `out[m * stride + n] = x[m] · codes[n]` for up to [`DOT_ROWS`] rows of x, which are padded
+    /// to whole blocks.
     pub(in crate::experts) fn dot(
         &self,
         x: &[&[f32]],
-        codes: &[&[u8]],
-        scales: &[&[f32]],
+        codes: &Codes<'_>,
         out: &mut [f32],
+        stride: usize,
     ) {
-        let streams = self.streams(x.len());
-        let (len, groups) = (x[0].len(), scales[0].len());
-        assert!((1..=DOT_ROWS).contains(&x.len()) && (1..=streams).contains(&codes.len()));
-        assert!(groups > 0 && len.is_multiple_of(BLOCK * groups));
+        let (len, groups) = (x[0].len(), codes.groups());
+        assert!((1..=DOT_ROWS).contains(&x.len()) && len.is_multiple_of(BLOCK * groups));
         assert!(x.iter().all(|x| x.len() == len));
-        assert!(codes.iter().all(|codes| codes.len() == len / BLOCK * self.bits.block_bytes()));
-        assert!(scales.len() == codes.len() && scales.iter().all(|s| s.len() == groups));
-        assert!(out.len() >= x.len() * streams);
+        assert!(codes.bits == self.bits && codes.row_bytes() == self.bits.row_bytes(len));
+        assert!(out.len() >= (x.len() - 1) * stride + codes.len());
         // SAFETY: `of` was asked for the CPU's own instruction set; lengths as asserted.
-        unsafe { (self.run)(x, codes, scales, out) }
+        unsafe { (self.run)(x, codes, out, stride) }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use super::super::coded::{Products, walk};
     use super::super::lanes::{Lanes, by_dot_rows};
-    use super::{BLOCK, Bits, Dot};
+    use super::{BLOCK, Bits, Codes, Dot};
     use std::arch::x86_64::*;
+    use std::marker::PhantomData;
 
     macro_rules! table {
-        ($function:ident, $streams:expr) => {
+        ($function:ident) => {
             [
-                Dot { streams: $streams, bits: Bits::Eight, run: $function::<Int8, false> },
-                Dot { streams: $streams, bits: Bits::Eight, run: $function::<Int8, true> },
-                Dot { streams: $streams, bits: Bits::Four, run: $function::<Int4, false> },
-                Dot { streams: $streams, bits: Bits::Four, run: $function::<Int4, true> },
+                Dot { bits: Bits::Eight, run: $function::<Int8, false> },
+                Dot { bits: Bits::Eight, run: $function::<Int8, true> },
+                Dot { bits: Bits::Four, run: $function::<Int4, false> },
+                Dot { bits: Bits::Four, run: $function::<Int4, true> },
             ]
         };
     }
+    /// Rows of codes at once, with up to half of `DOT_ROWS`: as many as the registers hold.
     const STREAMS_256: usize = 4;
     const STREAMS_512: usize = 8;
-    pub(super) static AVX2: [Dot; 4] = table!(dot_256, STREAMS_256);
-    pub(super) static AVX512: [Dot; 4] = table!(dot_512, STREAMS_512);
+    pub(super) static AVX2: [Dot; 4] = table!(dot_256);
+    pub(super) static AVX512: [Dot; 4] = table!(dot_512);
 
     /// # Safety
     ///
     /// The CPU has the features; lengths as `Dot::dot` asserts.
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn dot_256<C: Codes<__m256, 4>, const GROUPED: bool>(
+    unsafe fn dot_256<C: Decode<__m256, 4>, const GROUPED: bool>(
         x: &[&[f32]],
-        codes: &[&[u8]],
-        scales: &[&[f32]],
+        codes: &Codes<'_>,
         out: &mut [f32],
+        stride: usize,
     ) {
+        let (out, rows) = (out.as_mut_ptr(), Rows::<C, __m256, 4, GROUPED>(x, PhantomData));
         // SAFETY: by this function's contract.
         by_dot_rows!(x.len(), STREAMS_256, |M, W| unsafe {
-            rows::<C, __m256, 4, M, W, GROUPED>(x, codes, scales, out.as_mut_ptr());
+            walk::<_, M, W>(&rows, codes, out, stride);
         });
     }
 
@@ -110,76 +103,74 @@ mod x86 {
     ///
     /// The CPU has the features; lengths as `Dot::dot` asserts.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    unsafe fn dot_512<C: Codes<__m512, 2>, const GROUPED: bool>(
+    unsafe fn dot_512<C: Decode<__m512, 2>, const GROUPED: bool>(
         x: &[&[f32]],
-        codes: &[&[u8]],
-        scales: &[&[f32]],
+        codes: &Codes<'_>,
         out: &mut [f32],
+        stride: usize,
     ) {
+        let (out, rows) = (out.as_mut_ptr(), Rows::<C, __m512, 2, GROUPED>(x, PhantomData));
         // SAFETY: by this function's contract.
         by_dot_rows!(x.len(), STREAMS_512, |M, W| unsafe {
-            rows::<C, __m512, 2, M, W, GROUPED>(x, codes, scales, out.as_mut_ptr());
+            walk::<_, M, W>(&rows, codes, out, stride);
         });
     }
 
-    /// # Safety
-    ///
-    /// The CPU has the features of `L`; lengths as `Dot::dot` asserts, `out` holds `M * W`.
-    #[inline(always)]
-    unsafe fn rows<
-        C: Codes<L, R>,
+    /// Rows of x, and what multiplies them.
+    struct Rows<'a, C, L, const R: usize, const GROUPED: bool>(
+        &'a [&'a [f32]],
+        PhantomData<(C, L)>,
+    );
+
+    impl<C, L, const R: usize, const M: usize, const W: usize, const GROUPED: bool> Products<M, W>
+        for Rows<'_, C, L, R, GROUPED>
+    where
+        C: Decode<L, R>,
         L: Lanes,
-        const R: usize,
-        const M: usize,
-        const W: usize,
-        const GROUPED: bool,
-    >(
-        x: &[&[f32]],
-        codes: &[&[u8]],
-        scales: &[&[f32]],
-        out: *mut f32,
-    ) {
-        // SAFETY: by this function's contract; blocks end with their rows.
-        unsafe {
-            let (blocks, groups) = (x[0].len() / BLOCK, scales[0].len());
-            let mut xs = [std::ptr::null::<f32>(); M];
-            for m in 0..M {
-                xs[m] = x.get_unchecked(m).as_ptr();
-            }
-            let mut ws = [std::ptr::null::<u8>(); W];
-            let mut factors = [std::ptr::null::<f32>(); W];
-            for s in 0..W {
-                // A short call reads its last row again.
-                let row = s.min(codes.len() - 1);
-                ws[s] = codes.get_unchecked(row).as_ptr();
-                factors[s] = scales.get_unchecked(row).as_ptr();
-            }
-            let mut sum = [[L::zero(); W]; M];
-            let mut scale = [L::zero(); W];
-            let mut block = 0;
-            for group in 0..groups {
-                for s in 0..W {
-                    scale[s] = C::scale(if GROUPED { *factors[s].add(group) } else { 1.0 });
+    {
+        #[inline(always)]
+        unsafe fn products(
+            &self,
+            ws: [*const u8; W],
+            factors: [*const f32; W],
+            groups: usize,
+            out: *mut f32,
+        ) {
+            let x = self.0;
+            // SAFETY: by the trait's contract; blocks end with their rows.
+            unsafe {
+                let blocks = x[0].len() / BLOCK;
+                let mut xs = [std::ptr::null::<f32>(); M];
+                for m in 0..M {
+                    xs[m] = x.get_unchecked(m).as_ptr();
                 }
-                for _ in 0..blocks / groups {
+                let mut sum = [[L::zero(); W]; M];
+                let mut scale = [L::zero(); W];
+                let mut block = 0;
+                for group in 0..groups {
                     for s in 0..W {
-                        let w = C::values(ws[s].add(block * C::BYTES), scale[s], GROUPED);
-                        for r in 0..R {
-                            for m in 0..M {
-                                let x = L::load(xs[m].add(block * BLOCK + r * L::N));
-                                sum[m][s] = w[r].mul_add(x, sum[m][s]);
+                        scale[s] = C::scale(if GROUPED { *factors[s].add(group) } else { 1.0 });
+                    }
+                    for _ in 0..blocks / groups {
+                        for s in 0..W {
+                            let w = C::values(ws[s].add(block * C::BYTES), scale[s], GROUPED);
+                            for r in 0..R {
+                                for m in 0..M {
+                                    let x = L::load(xs[m].add(block * BLOCK + r * L::N));
+                                    sum[m][s] = w[r].mul_add(x, sum[m][s]);
+                                }
                             }
                         }
+                        block += 1;
                     }
-                    block += 1;
                 }
-            }
-            for m in 0..M {
-                let out = out.add(m * W);
-                L::sums(&sum[m], out);
-                if !GROUPED {
-                    for s in 0..W {
-                        *out.add(s) *= *factors[s];
+                for m in 0..M {
+                    let out = out.add(m * W);
+                    L::sums(&sum[m], out);
+                    if !GROUPED {
+                        for s in 0..W {
+                            *out.add(s) *= *factors[s];
+                        }
                     }
                 }
             }
@@ -187,7 +178,7 @@ mod x86 {
     }
 
     /// Codes of a block as `R` registers of `f32`.
-    trait Codes<L, const R: usize> {
+    trait Decode<L, const R: usize> {
         /// Bytes of a block.
         const BYTES: usize;
         /// What `values` wants to know of a scale.
@@ -199,7 +190,7 @@ mod x86 {
     struct Int8;
     struct Int4;
 
-    impl Codes<__m256, 4> for Int8 {
+    impl Decode<__m256, 4> for Int8 {
         const BYTES: usize = Bits::Eight.block_bytes();
         #[inline(always)]
         unsafe fn scale(scale: f32) -> __m256 {
@@ -221,7 +212,7 @@ mod x86 {
         }
     }
 
-    impl Codes<__m256, 4> for Int4 {
+    impl Decode<__m256, 4> for Int4 {
         const BYTES: usize = Bits::Four.block_bytes();
         #[inline(always)]
         unsafe fn scale(scale: f32) -> __m256 {
@@ -247,7 +238,7 @@ mod x86 {
         }
     }
 
-    impl Codes<__m512, 2> for Int8 {
+    impl Decode<__m512, 2> for Int8 {
         const BYTES: usize = Bits::Eight.block_bytes();
         #[inline(always)]
         unsafe fn scale(scale: f32) -> __m512 {
@@ -271,7 +262,7 @@ mod x86 {
 
     /// The sixteen values of a code are looked up: a permutation reads the low four bits of each
     /// index, so the scale is in the table and nothing is masked or converted.
-    impl Codes<__m512, 2> for Int4 {
+    impl Decode<__m512, 2> for Int4 {
         const BYTES: usize = Bits::Four.block_bytes();
         #[inline(always)]
         unsafe fn scale(scale: f32) -> __m512 {

@@ -18,6 +18,8 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
+#[cfg(target_arch = "x86_64")]
+mod coded;
 pub(super) mod codes;
 #[cfg(target_arch = "x86_64")]
 mod lanes;
