@@ -10,6 +10,7 @@ from torch import Tensor
 
 import ferromoe
 from ferromoe import ExpertWeights
+from ferromoe.moe import _logits
 
 T, H, I, E, K = 11, 20, 12, 5, 3  # noqa: E741
 
@@ -31,6 +32,19 @@ def test_moe_is_route_then_experts() -> None:
     out = ferromoe.moe(x[None], router, weights, top_k=K, renorm="sum")
     expected = ferromoe.experts(x, weights, routing.topk_ids, routing.topk_weights)
     torch.testing.assert_close(out[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 300])
+def test_logits_of_narrow_tokens_are_not_rounded_to_them(dtype: torch.dtype, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    x, router = (torch.randn(n, 72, generator=generator).to(dtype) for n in (tokens, 70))
+    found = _logits(x, router)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), x.double() @ router.double().T, rtol=0, atol=1e-4)
+    with_gradient = _logits(x, router.requires_grad_())
+    assert with_gradient.requires_grad
+    torch.testing.assert_close(with_gradient.detach(), found, rtol=0, atol=1e-4)
 
 
 def test_the_module_learns() -> None:

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _check
+from . import _check, _core
+from ._op import current_backend, torch_side
 from .experts import experts, is_torch
 from .routing import flat_rows, route
 from .types import ExpertWeights
+
+
+def _is_narrow_alike(tokens: Any, router_weight: Any) -> bool:
+    """Whether both are of one 16-bit dtype, and plain tensors that need no gradient."""
+    if tokens.dtype.itemsize != 2 or tokens.dtype != router_weight.dtype:
+        return False
+    side = torch_side()
+    return bool(
+        side is not None
+        and not side.is_compiling()
+        and current_backend() is None
+        and side.is_direct((tokens, router_weight), 2)
+        and tokens.is_floating_point()
+    )
 
 
 def _widened(array: Any) -> Any:
@@ -18,6 +33,8 @@ def _widened(array: Any) -> Any:
 
 
 def _logits(tokens: Any, router_weight: Any) -> Any:
+    if _is_narrow_alike(tokens, router_weight):
+        return _core.router_logits(tokens, router_weight)  # which widens nothing in memory
     tokens, router_weight = _widened(tokens), _widened(router_weight)
     if is_torch(tokens):
         import torch
@@ -97,7 +114,7 @@ def moe(
     routed = _routed(router_weight, weights, x.shape[-1], num_identity, shared_weight)
     if num_identity and route_options.get("num_shared"):
         raise ValueError(f"moe: num_identity must be 0 with num_shared, got {num_identity}")
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = flat_rows(x)
     routing = route(_logits(tokens, router_weight), top_k=top_k, **route_options)
     own = None
     if num_identity:
@@ -114,14 +131,15 @@ def moe(
     if own is not None:
         _check.shape("moe", "x", tokens, "T", out.shape[-1])
         out = (out + tokens * own).to(out.dtype)
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+    return out if tokens is x else out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def _routed(
     router_weight: Any, weights: ExpertWeights, hidden: int, num_identity: int, shared_weight: Any
 ) -> int:
     """Return the number of experts that are routed to and compute something."""
-    _check.integers("moe", num_identity=num_identity)
+    if type(num_identity) is not int:
+        _check.integers("moe", num_identity=num_identity)
     if num_identity < 0:
         raise ValueError(f"moe: num_identity must be at least 0, got {num_identity}")
     rows: int | str = "E" if shared_weight is not None else weights.num_experts + num_identity

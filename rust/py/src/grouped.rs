@@ -6,6 +6,7 @@ use crate::output::Output;
 use crate::run::run;
 use crate::tensor::{Device, View};
 use crate::with_float;
+use ferromoe_core::Element;
 use ferromoe_core::error::check_shape;
 use ferromoe_core::experts as core;
 use pyo3::prelude::*;
@@ -49,6 +50,31 @@ pub fn grouped_matmul<'py>(
         Device::Cuda(_) => return Err(no_kernel(OP)),
     }
     Ok(out.into_array())
+}
+
+/// A router's logits of tokens of its dtype, in float32 (float64 for float64).
+#[pyfunction]
+pub fn router_logits<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    router_weight: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyAny>> {
+    const OP: &str = "router_logits";
+    let x = View::new(OP, "x", x)?;
+    let weight = View::new(OP, "router_weight", router_weight)?;
+    weight.same_device(&x)?;
+    let (shape, extents) = (x.dims("[T, H]")?, weight.dims("[E, H]")?);
+    if x.device() != Device::Cpu {
+        return Err(no_kernel(OP));
+    }
+    with_float!(x, T, {
+        let wide = <T as Element>::Acc::DTYPE;
+        let mut out = Output::empty(&x, &[shape[0], extents[0]], wide)?;
+        let (values, weight) = (out.slice_mut()?, (weight.slice::<T>()?, extents));
+        let x = x.slice::<T>()?;
+        run(py, || core::router_logits(x, shape, weight, values))?;
+        Ok(out.into_array())
+    })
 }
 
 /// The gradient of `grouped_matmul` by its weight.

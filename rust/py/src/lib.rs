@@ -37,7 +37,7 @@ mod _core {
     #[pymodule_export]
     use super::experts::{experts, experts_backward, experts_stats, tile_name};
     #[pymodule_export]
-    use super::grouped::{grouped_matmul, grouped_matmul_wgrad, grouped_sum};
+    use super::grouped::{grouped_matmul, grouped_matmul_wgrad, grouped_sum, router_logits};
     #[pymodule_export]
     use super::machine::{build_profile, cpu_features, measure_limits};
     #[pymodule_export]

@@ -80,34 +80,71 @@ pub fn grouped_matmul<T: Tiled>(
         .collect();
     out[offsets[weights.len()] * n..].fill(T::default());
     match T::tiles(isa::chosen()?) {
-        Choice::Same(tile) => multiply(tile, x, k, &projections, &offsets, n, out),
-        Choice::Wide(tile, _) => multiply(tile, x, k, &projections, &offsets, n, out),
+        Choice::Same(tile) => {
+            multiply(tile, x, k, &projections, &offsets, (n, COLUMNS), out, T::round_slice);
+        }
+        Choice::Wide(tile, _) => {
+            multiply(tile, x, k, &projections, &offsets, (n, COLUMNS), out, T::round_slice);
+        }
     }
     Ok(())
 }
 
-fn multiply<T: Tiled, A: Operand<T>>(
+/// Columns of one task where there are few rows.
+const FEW_COLUMNS: usize = 64;
+
+/// `out = x · weightᵀ` in the type of the sums, never rounded to that of x; `weight` is `[N, K]`.
+pub fn router_logits<T: Tiled>(
+    x: &[T],
+    [rows, k]: [usize; 2],
+    (weight, extents): Tensor<'_, T>,
+    out: &mut [T::Acc],
+) -> Result<()> {
+    const OP: &str = "router_logits";
+    let [n, _] = extents;
+    check_shape(OP, "router_weight", &extents, &[n, k])?;
+    check_shape(OP, "x", &[x.len()], &[rows * k])?;
+    check_shape(OP, "out", &[out.len()], &[rows * n])?;
+    let projection = [Projection::plain(Matrix::new(weight, extents, false), &[])];
+    let whole = <[T::Acc]>::copy_from_slice;
+    let copy = |values: &[T::Acc], out: &mut [T::Acc]| whole(out, values);
+    match T::tiles(isa::chosen()?) {
+        Choice::Same(tile) => {
+            let columns = if rows <= tile.few { FEW_COLUMNS } else { COLUMNS };
+            multiply(tile, x, k, &projection, &[0, rows], (n, columns), out, copy);
+        }
+        Choice::Wide(tile, _) => {
+            let columns = if rows <= tile.few { FEW_COLUMNS } else { COLUMNS };
+            multiply(tile, x, k, &projection, &[0, rows], (n, columns), out, copy);
+        }
+    }
+    Ok(())
+}
+
+/// Tasks take so many columns of `n`; `write` brings sums into `out`.
+fn multiply<T: Tiled, A: Operand<T>, O: Send>(
     tile: &Tile<T, A>,
     x: &[T],
     k: usize,
     projections: &[Projection<'_, T>],
     offsets: &[usize],
-    n: usize,
-    out: &mut [T],
+    (n, columns): (usize, usize),
+    out: &mut [O],
+    write: impl Fn(&[T::Acc], &mut [O]) + Sync,
 ) {
     let x = Rows::<A>::new(x, k);
     let (units, row_cuts) = units(offsets, UNIT);
-    let col_cuts = cuts(n, COLUMNS);
+    let col_cuts = cuts(n, columns);
     let grid = Grid::new(out, n, &row_cuts, &col_cuts);
     let mean = offsets.last().map_or(0, |rows| rows.div_ceil(units.len().max(1)));
-    threads::for_each(grid.cells(), grain(mean * k * n.min(COLUMNS)), |index| {
+    threads::for_each(grid.cells(), grain(mean * k * n.min(columns)), |index| {
         let mut cell = grid.cell(index);
         let unit = &units[index / grid.across()];
         let rows: Vec<_> = unit.rows.clone().map(|row| x.row(row)).collect();
         let (columns, projection) = (cell.cols.clone(), &projections[unit.expert]);
         product(tile, &rows, projection, columns.clone(), |row, run, values, _| {
             let out = cell.row(unit.rows.start + row);
-            T::round_slice(values, &mut out[run.start - columns.start..run.end - columns.start]);
+            write(values, &mut out[run.start - columns.start..run.end - columns.start]);
         });
     });
 }

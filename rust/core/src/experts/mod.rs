@@ -26,7 +26,7 @@ pub use activation::{Activation, Function};
 
 pub use backward::{Gradients, backward};
 pub use forward::forward;
-pub use grouped::{grouped_matmul, grouped_sum, grouped_wgrad};
+pub use grouped::{grouped_matmul, grouped_sum, grouped_wgrad, router_logits};
 pub use panels::{Format, prepack};
 pub use stats::Statistics;
 pub use tile::Tiled;
