@@ -103,13 +103,14 @@ def is_direct(args: Sequence[Any], arrays: int) -> bool:
     Of the arguments the first may be arrays, and the very first is one.
     """
     grad_enabled = _grad_enabled()
-    for tensor in args[:arrays]:
-        if tensor is None:
+    for arg in args[:arrays]:
+        if arg is None:
             continue
-        if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg():
-            return False
-        if grad_enabled and tensor.requires_grad:
-            return False
+        for tensor in arg if type(arg) is list else (arg,):
+            if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg():
+                return False
+            if grad_enabled and tensor.requires_grad:
+                return False
     return (
         _transforms() is None
         and _forward_mode._current_level < 0

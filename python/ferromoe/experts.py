@@ -215,7 +215,8 @@ def experts(
             f"experts: topk_ids must be int32 or int64, got {topk_ids.dtype}; ids come before "
             "weights"
         )
-    _check.integers("experts", sentinel=sentinel)
+    if sentinel is not None:
+        _check.integers("experts", sentinel=sentinel)
     if weights.panels is not None:
         if row_norm is not None or stats:
             wanted = "stats" if row_norm is None else "row_norm"

@@ -82,9 +82,13 @@ def experts_quantized(
     """Run tokens of any floating dtype through quantised experts, in that dtype."""
     assert weights.quantization is not None
     _, group, hidden = weights.quantization
-    matrices, biases = weights.operands()[:3], weights.operands()[3:]
-    # Biases stay as they were, and are added in the dtype of the tokens.
-    biases = tuple([b if b.dtype == x.dtype else b.to(x.dtype) for b in bias] for bias in biases)
+    *matrices, gate_up_bias, up_bias, down_bias = weights.operands()
+    biases: tuple[Any, ...] = gate_up_bias, up_bias, down_bias
+    if any(biases):
+        # They stay as they were, and are added in the dtype of the tokens.
+        biases = tuple(
+            [b if b.dtype == x.dtype else b.to(x.dtype) for b in bias] for bias in biases
+        )
     packing, _, *activation = weights.options()
     return _experts(
         x,

@@ -268,7 +268,14 @@ class ExpertWeights:
 
     def operands(self) -> tuple[Any, ...]:
         """Return the weights as the kernels take them: six lists of tensors."""
-        return tuple(as_list(weight) for _, weight in self._named())
+        return (
+            as_list(self.gate_up),
+            as_list(self.up),
+            as_list(self.down),
+            as_list(self.gate_up_bias),
+            as_list(self.up_bias),
+            as_list(self.down_bias),
+        )
 
     def scales(self) -> tuple[list[Any], ...]:
         """Return the scales of quantised weights as the kernels take them: three lists."""

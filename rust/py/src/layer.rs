@@ -26,7 +26,7 @@ impl<'py> Table<'py> {
         list: Vec<Bound<'py, PyAny>>,
         x: &View<'py>,
     ) -> PyResult<Self> {
-        let expected = format!("of the dtype of x, {}", x.dtype().name());
+        let expected = || format!("of the dtype of x, {}", x.dtype().name());
         Self::of(op, arg, list, x, (&[x.dtype()], &expected))
     }
 
@@ -36,13 +36,13 @@ impl<'py> Table<'py> {
         arg: &'static str,
         list: Vec<Bound<'py, PyAny>>,
         x: &View<'py>,
-        (dtypes, expected): (&[Dtype], &str),
+        (dtypes, expected): (&[Dtype], &dyn Fn() -> String),
     ) -> PyResult<Self> {
         let views: Vec<_> =
             list.into_iter().map(|tensor| View::new(op, arg, &tensor)).collect::<PyResult<_>>()?;
         for view in &views {
             if !dtypes.contains(&view.dtype()) {
-                return Err(view.type_error(expected));
+                return Err(view.type_error(&expected()));
             }
             view.same_device(x)?;
         }
@@ -60,6 +60,9 @@ impl<'py> Table<'py> {
             let shape = self.views[0].shape();
             let each = shape[1..].try_into().expect("it has N + 1 dimensions");
             return Ok(vec![each; shape[0]]);
+        }
+        if self.views.is_empty() {
+            return Ok(Vec::new());
         }
         let expected = format!("of {} dimensions, or {N} in a list", N + 1);
         self.views.iter().map(|view| view.dims(&expected)).collect()

@@ -34,7 +34,7 @@ pub fn prepack<'py>(
     let first = View::any_strides(OP, "gate_up", &gate_up[0])?;
     first.on_cpu()?;
     let dtype = first.dtype();
-    let expected = format!("of the dtype of gate_up, {}", dtype.name());
+    let expected = || format!("of the dtype of gate_up, {}", dtype.name());
     let table = |arg, list| Table::of(OP, arg, list, &first, (&[dtype], &expected));
     let (gate_up, up, down) = (table("gate_up", gate_up)?, table("up", up)?, table("down", down)?);
     let biases = [table("gate_up_bias", gate_up_bias)?, table("up_bias", up_bias)?];

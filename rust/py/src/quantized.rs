@@ -26,11 +26,12 @@ impl<'py> CodedTables<'py> {
     ) -> PyResult<Self> {
         let mut tables = Vec::with_capacity(6);
         for (arg, list) in ["gate_up", "up", "down"].into_iter().zip(codes) {
-            let dtypes = (&[Dtype::I8, Dtype::U8][..], "int8, or uint8 for two codes in a byte");
-            tables.push(Table::of(op, arg, list, x, dtypes)?);
+            let words = || "int8, or uint8 for two codes in a byte".to_string();
+            tables.push(Table::of(op, arg, list, x, (&[Dtype::I8, Dtype::U8], &words))?);
         }
         for (arg, list) in ["gate_up_scale", "up_scale", "down_scale"].into_iter().zip(scales) {
-            tables.push(Table::of(op, arg, list, x, (&[Dtype::F32], "float32"))?);
+            let words = || "float32".to_string();
+            tables.push(Table::of(op, arg, list, x, (&[Dtype::F32], &words))?);
         }
         let Ok([gate_up, up, down, gate_up_scale, up_scale, down_scale]) =
             <[Table<'py>; 6]>::try_from(tables)

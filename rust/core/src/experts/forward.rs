@@ -94,7 +94,8 @@ fn first_stage<T: Tiled, A: Operand<T>>(
             return;
         }
         let (base, input) = (features.start, experts.input(unit.expert));
-        let mut turned = vec![T::Acc::default(); 2 * features.len()];
+        let in_turn = if input.per_feature == 2 { 2 * features.len() } else { 0 };
+        let mut turned = vec![T::Acc::default(); in_turn];
         product(
             tile,
             &inputs.of(unit.rows.clone()),
@@ -137,6 +138,9 @@ fn second_stage<T: Tiled, A: Operand<T>>(
         let columns = cell.cols.clone();
         for e in 0..experts.count() {
             let rows = plan.rows_of(e);
+            if rows.is_empty() {
+                continue;
+            }
             let middles: Vec<_> = rows
                 .clone()
                 .map(|row| &middle[row * middle_width..][..experts.features(e)])

@@ -169,8 +169,11 @@ fn dot_few<T: Element, A: Element<Acc = T::Acc>>(
     let mut w: Vec<&[T]> = Vec::with_capacity(streams);
     for step in 0..stretch {
         w.clear();
-        let picked = || (columns.start + step..columns.end).step_by(stretch);
-        w.extend(picked().map(|n| matrix.row(n)));
+        let mut at = step;
+        while at < columns.len() {
+            w.push(matrix.row(columns.start + at));
+            at += stretch;
+        }
         let mut row = 0;
         for x in even_chunks(rows, DOT_ROWS) {
             // The first rows read the weights from memory; the second ones, which find them in
@@ -178,8 +181,8 @@ fn dot_few<T: Element, A: Element<Acc = T::Acc>>(
             let ahead = row > 0 && row <= DOT_ROWS;
             tile.dot(x, matrix.k, &w, ahead, &mut out);
             for out in out.chunks_exact(tile.streams(x.len())).take(x.len()) {
-                for (n, &value) in picked().zip(out) {
-                    sums[row * stride + n - columns.start] = value;
+                for (s, &value) in out[..w.len()].iter().enumerate() {
+                    sums[row * stride + step + s * stretch] = value;
                 }
                 row += 1;
             }

@@ -85,6 +85,7 @@ pub struct Experts<'a, T> {
     pub hidden: usize,
     /// Width of the result.
     pub hidden_out: usize,
+    max_features: usize,
 }
 
 /// A list of an expert's matrices.
@@ -138,9 +139,7 @@ impl<'a, T: Element> Experts<'a, T> {
         let flip = |[rows, cols]: [usize; 2]| if transposed { [cols, rows] } else { [rows, cols] };
         let hidden = tensors.gate_up.first().map_or(0, |(_, extents)| flip(*extents)[1]);
         let hidden_out = tensors.down.first().map_or(0, |(_, extents)| flip(*extents)[0]);
-        let stored = Stored::Natural;
-        let experts = Self { tensors, packing, transposed, stored, activation, hidden, hidden_out };
-        let tensors = &experts.tensors;
+        let mut max_features = 0;
         for e in 0..count {
             let wide = flip(tensors.gate_up[e].1)[0];
             let per = packing.columns_per_feature();
@@ -152,6 +151,7 @@ impl<'a, T: Element> Experts<'a, T> {
             let check = |arg, (_, extents): Tensor<'_, T>, expected| {
                 check_shape(op, arg, &extents, &flip(expected))
             };
+            max_features = max_features.max(features);
             check("gate_up", tensors.gate_up[e], [wide, hidden])?;
             check("down", tensors.down[e], [hidden_out, features])?;
             if separate {
@@ -167,7 +167,16 @@ impl<'a, T: Element> Experts<'a, T> {
                 }
             }
         }
-        Ok(experts)
+        Ok(Self {
+            tensors,
+            packing,
+            transposed,
+            stored: Stored::Natural,
+            activation,
+            hidden,
+            hidden_out,
+            max_features,
+        })
     }
 
     /// Weights that [`super::prepack`] has packed: gate and up in halves, or no up, and panels for
@@ -267,7 +276,7 @@ impl<'a, T: Element> Experts<'a, T> {
 
     /// The widest expert.
     pub fn max_features(&self) -> usize {
-        (0..self.count()).map(|e| self.features(e)).max().unwrap_or(0)
+        self.max_features
     }
 
     /// From x to the features of expert `e`.

@@ -1,6 +1,5 @@
 //! A value that each process makes for itself.
 
-use std::process;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
@@ -11,7 +10,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 pub(crate) struct PerProcess<T>(AtomicPtr<Entry<T>>);
 
 struct Entry<T> {
-    pid: u32,
+    process: u32,
     value: T,
 }
 
@@ -21,15 +20,15 @@ impl<T: Default + Sync + 'static> PerProcess<T> {
     }
 
     pub(crate) fn get(&self) -> &'static T {
-        let pid = process::id();
+        let process = process();
         let mut current = self.0.load(Ordering::Acquire);
         loop {
             // SAFETY: null, or made by Box::into_raw below and never freed.
             match unsafe { current.as_ref() } {
-                Some(entry) if entry.pid == pid => return &entry.value,
+                Some(entry) if entry.process == process => return &entry.value,
                 _ => {}
             }
-            let new = Box::into_raw(Box::new(Entry { pid, value: T::default() }));
+            let new = Box::into_raw(Box::new(Entry { process, value: T::default() }));
             match self.0.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => current = new,
                 Err(other) => {
@@ -40,4 +39,38 @@ impl<T: Default + Sync + 'static> PerProcess<T> {
             }
         }
     }
+}
+
+/// A number that differs between a process and its forked children.
+///
+/// Not the process id: asking for it is a system call, which small kernels feel at each workspace.
+#[cfg(target_os = "linux")]
+#[allow(unsafe_code, reason = "registers a function that adds to an atomic number")]
+fn process() -> u32 {
+    use std::sync::atomic::{AtomicBool, AtomicU32};
+
+    static FORKS: AtomicU32 = AtomicU32::new(0);
+    static WATCHED: AtomicBool = AtomicBool::new(false);
+
+    extern "C" fn in_child() {
+        FORKS.fetch_add(1, Ordering::Relaxed);
+    }
+
+    // Not a `Once`: a fork in the middle of it would make the child wait for ever. A fork that is
+    // counted twice counts as well.
+    if !WATCHED.load(Ordering::Acquire) {
+        // SAFETY: what a child runs after the fork may add to an atomic number.
+        let refused = unsafe { libc::pthread_atfork(None, None, Some(in_child)) } != 0;
+        if refused {
+            return std::process::id();
+        }
+        WATCHED.store(true, Ordering::Release);
+    }
+    FORKS.load(Ordering::Relaxed)
+}
+
+/// A number that differs between a process and its forked children.
+#[cfg(not(target_os = "linux"))]
+fn process() -> u32 {
+    std::process::id()
 }
