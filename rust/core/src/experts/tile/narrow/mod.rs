@@ -88,11 +88,13 @@ impl Form {
             }
             Self::Halves => {
                 const HALF: usize = BLOCK / 2;
-                let out = &mut row[4 * BLOCK * (block / 2) + HALF * (block % 2)..];
-                out[..HALF].copy_from_slice(&high[..HALF]);
-                out[BLOCK..][..HALF].copy_from_slice(&low[..HALF]);
-                out[2 * BLOCK..][..HALF].copy_from_slice(&high[HALF..]);
-                out[3 * BLOCK..][..HALF].copy_from_slice(&low[HALF..]);
+                let (out, _) = row[4 * BLOCK * (block / 2)..].as_chunks_mut::<HALF>();
+                let (high, _) = high.as_chunks();
+                let (low, _) = low.as_chunks();
+                for half in 0..2 {
+                    out[4 * half + block % 2] = high[half];
+                    out[4 * half + 2 + block % 2] = low[half];
+                }
             }
         }
     }
@@ -259,10 +261,14 @@ fn loses(x: &[f32], small: f32, scale: f32) -> bool {
             count[lane] += below;
         }
     }
-    let (mut square, mut many) = (0.0, 0.0);
-    for lane in 0..BLOCK {
-        square += squares[lane];
-        many += count[lane];
+    let mut half = BLOCK / 2;
+    while half > 0 {
+        for lane in 0..half {
+            squares[lane] += squares[lane + half];
+            count[lane] += count[lane + half];
+        }
+        half /= 2;
     }
+    let (square, many) = (squares[0], count[0]);
     many * 8.0 >= x.len() as f32 && many * (scale * scale / 12.0) > square / (256.0 * 256.0)
 }
