@@ -106,6 +106,24 @@ def test_compiles_in_one_graph(case: Case, size: Size) -> None:
         assert torch.equal(grad, compiled_grad)
 
 
+REFERENCES = ("route", "route_stats", "unpermute", "experts_halves", "experts_quantized_halves")
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in REFERENCES], ids=lambda case: case.name
+)
+def test_the_reference_compiles_with_its_gradients(case: Case) -> None:
+    values, rest = draw(case, MEDIUM, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(case.call, backend="aot_eager", fullgraph=True)
+    mine, theirs = leaves(values), leaves(values)
+    with ferromoe.use_backend("reference"):
+        eager, graph = case.call(*mine, **rest), compiled(*theirs, **rest)
+        both = gradients(eager, mine), gradients(graph, theirs)
+    for grad, compiled_grad in zip(*both, strict=True):
+        torch.testing.assert_close(grad, compiled_grad)
+
+
 @every_differentiable_case
 def test_strided_inputs_give_the_same_bits(case: Case) -> None:
     values, rest = draw(case, MEDIUM, torch.float32)

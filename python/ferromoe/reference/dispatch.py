@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .recording import recording
+
 
 def dispatch(
     topk_ids: Tensor, num_experts: int, sentinel: int | None
@@ -110,7 +112,7 @@ def unpermute_backward(
     """Gradients of `unpermute` for `y` and `topk_weights`."""
     wide = torch.promote_types(y.dtype, torch.float32)
     y, w = y.detach().requires_grad_(), topk_weights.detach().to(wide).requires_grad_()
-    with torch.enable_grad():
+    with recording():
         out = unpermute(y, slot_of_row, row_of_slot, w)
     dy, dw = torch.autograd.grad(out, (y, w), grad, allow_unused=True, materialize_grads=True)
     return dy, dw

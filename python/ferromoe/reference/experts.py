@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .recording import recording
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -341,7 +343,7 @@ def experts_backward(
         return [leaf(part) for part in item] if isinstance(item, (list, tuple)) else item
 
     inputs = [leaf(x), *(leaf(arg) for arg in args)]
-    with torch.enable_grad():
+    with recording():
         out = experts(*inputs)  # type: ignore[arg-type]
     grads = iter(torch.autograd.grad(out, flat, grad))
     dx = next(grads)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .recording import recording
+
 
 def _sqrt_softplus(z: Tensor) -> Tensor:
     # Where softplus(z) is e^z to the last bit, the root of e^z: it underflows later.
@@ -183,7 +185,7 @@ def route_backward(
     *options: Any,
 ) -> Tensor:
     """Gradient of `route` for `router_logits`; the choice itself has none."""
-    with torch.enable_grad():
+    with recording():
         z = router_logits.detach().to(grad.dtype).requires_grad_()
         w = route_weights(z, topk_ids, expert_mask, *options)
     (dz,) = torch.autograd.grad(w, z, grad, materialize_grads=True)
@@ -231,7 +233,7 @@ def route_stats_backward(
     *options: Any,
 ) -> Tensor:
     """Gradient of the summed probabilities for `router_logits`."""
-    with torch.enable_grad():
+    with recording():
         z = router_logits.detach().to(grad.dtype).requires_grad_()
         ids = torch.full((len(z), 0), -1, device=z.device)
         _, sums = route_stats(z, ids, expert_mask, padding_mask, num_sequences, *options)
