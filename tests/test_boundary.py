@@ -247,3 +247,18 @@ def test_a_traced_call_is_no_constant() -> None:
     traced = torch.jit.trace(run, torch.zeros(2, 4), check_trace=False)
     logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(traced(logits), run(logits))
+
+
+def test_a_result_whose_gradient_never_comes_leaves_none() -> None:
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> None:
+            return None
+
+    x = X.clone().requires_grad_()
+    Stop.apply(ferromoe.permute(x, PLAN)).sum().backward()
+    assert x.grad is None

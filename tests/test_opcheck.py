@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -32,6 +32,12 @@ def leaf(*shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
+def experts_with(**options: bool) -> Tensor:
+    weights = ferromoe.ExpertWeights(leaf(3, 4, 4), leaf(3, 4, 2))
+    found = ferromoe.experts(leaf(3, 4), weights, IDS, leaf(3, 2), **options)
+    return found if isinstance(found, Tensor) else found[0]
+
+
 # What the table of cases does not reach.
 MORE: list[Callable[[], Any]] = [
     lambda: ferromoe.dispatch(IDS, num_experts=3, sentinel=3),
@@ -45,13 +51,7 @@ MORE: list[Callable[[], Any]] = [
         ).topk_weights
     ),
     lambda: ferromoe.route(leaf(2, 3, 4), top_k=2, stats="sequence").prob_sums,
-    lambda: ferromoe.experts(
-        leaf(3, 4),
-        ferromoe.ExpertWeights(leaf(3, 4, 4), leaf(3, 4, 2)),
-        IDS,
-        leaf(3, 2),
-        stats=True,
-    )[0],
+    *(partial(experts_with, **{name: True}) for name in ("stats", "save_activations")),
     lambda: ferromoe.experts(leaf(3, 4).detach(), PACKED, IDS, leaf(3, 2).detach()),
     lambda: ferromoe.experts(leaf(0, 4).detach(), PACKED, IDS[:0], leaf(0, 2).detach()),
 ]

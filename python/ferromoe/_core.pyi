@@ -43,7 +43,7 @@ def experts(
     weight_on_input: bool,
     out: Any = None,
 ) -> Any: ...
-def experts_stats(
+def experts_extras(
     x: Any,
     gate_up: list[Any],
     up: list[Any],
@@ -60,9 +60,12 @@ def experts_stats(
     alpha: float,
     sentinel: int,
     weight_on_input: bool,
-) -> tuple[Any, Any, Any, Any, Any]: ...
+    stats: bool,
+    save_activations: bool,
+) -> tuple[Any, Any, Any, Any, Any, Any]: ...
 def experts_backward(
     grad: Any,
+    activations: Any,
     x: Any,
     gate_up: list[Any],
     up: list[Any],

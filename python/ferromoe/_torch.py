@@ -256,6 +256,7 @@ class _Function(torch.autograd.Function):
         outputs = operator.kernel(*args)
         _save(ctx, operator, args, outputs)
         ctx.ferromoe_call = operator, layout
+        ctx.set_materialize_grads(False)  # the zeros would be as large as results without a use
         produced = outputs if isinstance(outputs, tuple) else (outputs,)
         ctx.mark_non_differentiable(*(o for o in produced if not o.is_floating_point()))
         return outputs
@@ -269,6 +270,8 @@ class _Function(torch.autograd.Function):
                 f"{operator.name}: must not be differentiated twice, got create_graph=True; inside "
                 "ferromoe.use_backend('reference') it can be"
             )
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         needs = _gather(layout, ctx.needs_input_grad[2:])
         flat: list[Any] = [None, None]
         for n, grad in zip(layout, _gradients(ctx, operator, grads, needs), strict=True):

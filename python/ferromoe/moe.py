@@ -64,6 +64,7 @@ def moe(
     top_k: int,
     num_identity: int = 0,
     shared_weight: Any = None,
+    save_activations: bool = False,
     **route_options: Any,
 ) -> Any:
     """Run a whole MoE block: router, choice, experts.
@@ -84,6 +85,8 @@ def moe(
     shared_weight : float or Tensor [..., S], optional
         How much the last S experts of `weights` count, which the router has no row for and every
         token uses; it is not renormalised or scaled. For torch tensors only.
+    save_activations : bool
+        See `experts`.
     **route_options
         Passed to `route`: score, renorm, bias and so on.
 
@@ -127,7 +130,8 @@ def moe(
         gate = flat_rows(shared_weight) if hasattr(shared_weight, "shape") else shared_weight
         num_shared = weights.num_experts - routed
         routing = append_experts(routing, first=routed, num=num_shared, weight=gate)
-    out = experts(tokens, weights, routing.topk_ids, routing.topk_weights)
+    choice = routing.topk_ids, routing.topk_weights
+    out = experts(tokens, weights, *choice, save_activations=save_activations)
     if own is not None:
         _check.shape("moe", "x", tokens, "T", out.shape[-1])
         out = (out + tokens * own).to(out.dtype)

@@ -72,7 +72,7 @@ def prepack(weights: ExpertWeights) -> ExpertWeights:
         _check.array("prepack", "weights", tensor)
         if (device := _check.device_of(tensor)) != "cpu":
             raise ValueError(f"prepack: weights must be on the CPU, got {device}")
-    if _needs_gradient(tensors):
+    if needs_gradient(tensors):
         raise ValueError(
             "prepack: weights must not require a gradient, got some that do; under torch.no_grad() "
             "they are packed as they are now"
@@ -93,7 +93,8 @@ def prepack(weights: ExpertWeights) -> ExpertWeights:
     )
 
 
-def _needs_gradient(tensors: list[Any]) -> bool:
+def needs_gradient(tensors: list[Any]) -> bool:
+    """Tell whether autograd would keep anything for these arrays."""
     torch = sys.modules.get("torch")
     asked = any(getattr(tensor, "requires_grad", False) for tensor in tensors)
     return asked and torch is not None and torch.is_grad_enabled()
@@ -133,7 +134,7 @@ def packed_layer(
 ) -> Any:
     """Run `experts` over packed weights; the caller has checked the kinds of its arguments."""
     gate_up, _, down, gate_up_bias, _, down_bias = weights.operands()
-    if _needs_gradient([x, topk_weights, *gate_up, *down, *gate_up_bias, *down_bias]):
+    if needs_gradient([x, topk_weights, *gate_up, *down, *gate_up_bias, *down_bias]):
         raise NotImplementedError(
             "experts: packed weights must not meet a gradient, got an argument that requires one; "
             "use the original weights, or torch.no_grad()"

@@ -34,6 +34,8 @@ class MoE(nn.Module):
         Whether the experts' matmuls have biases.
     device, dtype
         As in torch's own modules.
+    save_activations : bool
+        See `ferromoe.experts`.
     **route_options
         Passed to `ferromoe.route` on every call: score, renorm, scale and so on.
 
@@ -66,6 +68,7 @@ class MoE(nn.Module):
         bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        save_activations: bool = False,
         **route_options: Any,
     ) -> None:
         super().__init__()
@@ -76,11 +79,13 @@ class MoE(nn.Module):
                 raise ValueError(f"MoE: {name} must be at least 1, got {size}")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"MoE: top_k must lie in 1..{num_experts}, got {top_k}")
-        if not isinstance(bias, bool):
-            raise TypeError(f"MoE: bias must be a bool, got {type(bias).__name__}")
+        for name, flag in {"bias": bias, "save_activations": save_activations}.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"MoE: {name} must be a bool, got {type(flag).__name__}")
         self.top_k = top_k
         self.gated = gated
         self.activation = Activation(activation) if isinstance(activation, str) else activation
+        self.save_activations = save_activations
         self.route_options = route_options
 
         def empty(*shape: int) -> nn.Parameter:
@@ -129,7 +134,8 @@ class MoE(nn.Module):
         # Under autocast the layer before may hand narrow rows to float32 weights.
         if x.dtype.itemsize < weights.dtype.itemsize and under_autocast(x):
             rows = x.to(weights.dtype)
-        out: Tensor = moe(rows, self.router, weights, top_k=self.top_k, **self.route_options)
+        options = {"save_activations": self.save_activations, **self.route_options}
+        out: Tensor = moe(rows, self.router, weights, top_k=self.top_k, **options)
         return out.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -67,11 +67,11 @@ def experts(
     alpha: float,
     sentinel: int,
     weight_on_input: bool,
-    noted: list[tuple[int, Tensor, Tensor]] | None = None,
+    noted: list[tuple[int, Tensor, Tensor, list[Tensor]]] | None = None,
 ) -> Tensor:
     """`Σ_k topk_weights[t, k] · expert(topk_ids[t, k])(x[t])`, slots of -1 left out.
 
-    `noted` takes each expert, what its rows are multiplied by, and the rows.
+    `noted` takes each expert, what its rows are multiplied by, the rows, and their gate and up.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     first_down = of_expert(down, 0, 2)
@@ -106,28 +106,43 @@ def experts(
             matrix, bias = of_expert(up, expert, 2), of_expert(up_bias, expert, 1)
             assert matrix is not None
             linear_up = linear(rows, matrix, bias, transposed)
+        parts = [gate] if linear_up is None else [gate, linear_up]
         hidden = activate(gate, linear_up, activation, limit, alpha)
         matrix, bias = of_expert(down, expert, 2), of_expert(down_bias, expert, 1)
         assert matrix is not None
         rows = linear(hidden, matrix, bias, transposed).to(wide)
         weight = torch.ones_like(weight) if weight_on_input else weight.to(wide)
         if noted is not None:
-            noted.append((expert, weight[:, 0], rows))
+            noted.append((expert, weight[:, 0], rows, parts))
         out = out.index_add(0, token, rows * weight)
     return out.to(x.dtype)
 
 
-def experts_stats(x: Tensor, gate_up: Sequence[Tensor], *call: Any) -> tuple[Tensor, ...]:
-    """`experts`, and `stats_of_rows` of what every expert gave."""
-    noted: list[tuple[int, Tensor, Tensor]] = []
-    out = experts(x, gate_up, *call, noted=noted)  # type: ignore[misc]
+def experts_extras(x: Tensor, *call: Any) -> tuple[Tensor, ...]:
+    """`experts`; `stats_of_rows` of what every expert gave; what entered the activation."""
+    *args, stats, save_activations = call
+    wide = torch.promote_types(x.dtype, torch.float32)
+    noted: list[tuple[int, Tensor, Tensor, list[Tensor]]] = []
+    out = experts(x, *args, noted=noted)  # type: ignore[misc]
     ids = [x.new_zeros(0, dtype=torch.int64)]
     weights, rows = [x.new_zeros(0)], [x.new_zeros(0, out.shape[1])]
-    for expert, weight, outputs in noted:
+    gate_up, down, topk_ids, packing, transposed = (args[i] for i in (0, 2, 3, 8, 9))
+    widest = max(matrix.shape[-2 if transposed else -1] for matrix in down)
+    kept = [1 if packing == "ungated" else 2, topk_ids.numel(), widest]
+    activations = x.new_zeros(kept if save_activations else [0, 0, 0], dtype=wide)
+    done = 0
+    for expert, weight, outputs, parts in noted:
+        for part, all_rows in zip(parts, activations, strict=False):
+            all_rows[done : done + len(part), : part.shape[1]] = part.detach()
+        done += len(weight)
         ids.append(ids[0].new_full(weight.shape, expert))
         weights.append(weight)
         rows.append(outputs)
-    return out, *stats_of_rows(torch.cat(rows), torch.cat(ids), torch.cat(weights), count(gate_up))
+    if not stats:
+        ids, weights, rows = ids[:1], weights[:1], rows[:1]
+    num_experts = count(gate_up) if stats else 0
+    found = stats_of_rows(torch.cat(rows), torch.cat(ids), torch.cat(weights), num_experts)
+    return out, *found, activations
 
 
 def stats_of_rows(
@@ -321,7 +336,7 @@ def grouped_sum(grad: Tensor, expert_offsets: Tensor, num_experts: int) -> Tenso
 
 
 def experts_backward(
-    grad: Tensor, x: Tensor, *call: object
+    grad: Tensor, activations: Tensor | None, x: Tensor, *call: object
 ) -> tuple[
     Tensor,
     list[Tensor],
@@ -363,5 +378,7 @@ def experts_quantized_backward(
     ids, weights, *biases, packing, activation, limit, alpha, sentinel, weight_on_input = args[6:]
     matrices = _dequantized(gate_up, up, down, scales, packing, hidden, x.dtype)
     last = (packing, False, activation, limit, alpha, sentinel, weight_on_input, needs)
-    dx, _, _, _, *lists, dw = experts_backward(grad, x, *matrices, ids, weights, *biases, *last)
+    dx, _, _, _, *lists, dw = experts_backward(
+        grad, None, x, *matrices, ids, weights, *biases, *last
+    )
     return dx, *lists, dw  # type: ignore[return-value]

@@ -8,7 +8,7 @@ use crate::tensor::{Device, Pod, View};
 use crate::with_float;
 use ferromoe_core::dtype::Accumulator;
 use ferromoe_core::error::check_shape;
-use ferromoe_core::experts::{self as core, Gradients, Statistics, tile};
+use ferromoe_core::experts::{self as core, Extras, Gradients, Statistics, tile};
 use ferromoe_core::{Dtype, Element};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -59,14 +59,16 @@ pub fn forward<'py>(
         let shape = [call.tokens, experts.hidden_out];
         let mut out = layer.tokens.result(out, &shape, &layer.tables)?;
         let values = out.slice_mut::<T>()?;
-        run(py, || core::forward(&call, &experts, values, None))?;
+        run(py, || core::forward(&call, &experts, values, Extras::default()))?;
         Ok(out.into_array())
     })
 }
 
-/// `experts`, and what every expert gave: counts, largest values, sums of squares, weighted norms.
+/// `experts`; what every expert gave: counts, largest values, sums of squares, weighted norms; what
+/// enters the activation, for `experts_backward`. What is not asked for is empty.
 #[pyfunction]
-pub fn experts_stats<'py>(
+#[allow(clippy::fn_params_excessive_bools, reason = "the operator's schema has them")]
+pub fn experts_extras<'py>(
     py: Python<'py>,
     x: &Bound<'py, PyAny>,
     gate_up: Vec<Bound<'py, PyAny>>,
@@ -84,6 +86,8 @@ pub fn experts_stats<'py>(
     alpha: f64,
     sentinel: i64,
     weight_on_input: bool,
+    stats: bool,
+    save_activations: bool,
 ) -> PyResult<Bound<'py, PyTuple>> {
     const OP: &str = "experts";
     let lists = [gate_up, up, down, gate_up_bias, up_bias, down_bias];
@@ -92,25 +96,31 @@ pub fn experts_stats<'py>(
     if layer.tokens.x.device() != Device::Cpu {
         return Err(no_kernel(OP));
     }
-    with_float!(layer.tokens.x, T, {
+    let x = &layer.tokens.x;
+    with_float!(x, T, {
         let (call, experts) = (layer.tokens.call::<T>()?, layer.experts::<T>()?);
-        let empty = |shape: &[usize], dtype| Output::empty(&layer.tokens.x, shape, dtype);
-        let (count, wide) = (experts.count(), <T as Element>::Acc::DTYPE);
-        let mut out = empty(&[call.tokens, experts.hidden_out], layer.tokens.x.dtype())?;
-        let mut counts = empty(&[count], Dtype::I32)?;
-        let mut max_abs = empty(&[count], wide)?;
-        let mut sum_squares = empty(&[count], wide)?;
-        let mut weighted_norms = empty(&[count], wide)?;
+        let empty = |shape: &[usize], dtype| Output::empty(x, shape, dtype);
+        let (count, wide) = (experts.count(), <<T as Element>::Acc as Element>::DTYPE);
+        let each = if stats { count } else { 0 };
+        let slots = call.tokens * call.top_k;
+        let shape = [experts.linear_parts(), slots, experts.max_features()];
+        let mut out = empty(&[call.tokens, experts.hidden_out], x.dtype())?;
+        let mut counts = empty(&[each], Dtype::I32)?;
+        let [mut max_abs, mut sum_squares, mut weighted_norms] =
+            [empty(&[each], wide)?, empty(&[each], wide)?, empty(&[each], wide)?];
+        let mut kept = empty(if save_activations { &shape } else { &[0; 3] }, wide)?;
         let values = out.slice_mut::<T>()?;
-        let stats = Statistics {
+        let statistics = Statistics {
             counts: counts.slice_mut()?,
             max_abs: max_abs.slice_mut()?,
             sum_squares: sum_squares.slice_mut()?,
             weighted_norms: weighted_norms.slice_mut()?,
         };
-        run(py, || core::forward(&call, &experts, values, Some(stats)))?;
-        let arrays = [out, counts, max_abs, sum_squares, weighted_norms].map(Output::into_array);
-        PyTuple::new(py, arrays)
+        let activations = save_activations.then(|| kept.slice_mut()).transpose()?;
+        let extras = Extras { stats: stats.then_some(statistics), activations };
+        run(py, || core::forward(&call, &experts, values, extras))?;
+        let arrays = [out, counts, max_abs, sum_squares, weighted_norms, kept];
+        PyTuple::new(py, arrays.map(Output::into_array))
     })
 }
 
@@ -127,10 +137,13 @@ pub type LayerGradients<'py> = (
 );
 
 /// The gradients of `experts`; `needs` says for which of x, weights, biases, `topk_weights`.
+///
+/// `activations` is what `experts_extras` gave, or None.
 #[pyfunction]
 pub fn experts_backward<'py>(
     py: Python<'py>,
     grad: &Bound<'py, PyAny>,
+    activations: Option<&Bound<'py, PyAny>>,
     x: &Bound<'py, PyAny>,
     gate_up: Vec<Bound<'py, PyAny>>,
     up: Vec<Bound<'py, PyAny>>,
@@ -153,7 +166,7 @@ pub fn experts_backward<'py>(
     let lists = [gate_up, up, down, gate_up_bias, up_bias, down_bias];
     let options = (packing, transposed, activation, limit, alpha, sentinel, weight_on_input);
     let layer = Layer::new(OP, x, lists, topk_ids, topk_weights, options)?;
-    gradients(py, &layer, grad, needs)
+    gradients(py, &layer, grad, activations, needs)
 }
 
 /// The layer's gradients; `needs` says for which of x, weights, biases, `topk_weights`.
@@ -161,6 +174,7 @@ pub fn gradients<'py>(
     py: Python<'py>,
     layer: &Layer<'py>,
     grad: &Bound<'py, PyAny>,
+    activations: Option<&Bound<'py, PyAny>>,
     needs: (bool, bool, bool, bool),
 ) -> PyResult<LayerGradients<'py>> {
     let op = layer.op;
@@ -168,6 +182,7 @@ pub fn gradients<'py>(
         return Err(no_kernel(op));
     }
     let grad = View::new(op, "grad", grad)?;
+    let kept = activations.map(|kept| View::new(op, "activations", kept)).transpose()?;
     let empty = |view: &View<'py>| Output::empty(view, view.shape(), view.dtype());
     let mut dx = needs.0.then(|| empty(&layer.tokens.x)).transpose()?;
     let mut dw = needs.3.then(|| empty(&layer.tokens.weights)).transpose()?;
@@ -193,7 +208,8 @@ pub fn gradients<'py>(
         let topk_weights = needs.3.then_some(&mut sums[..]);
         let gradients =
             Gradients { x, gate_up, up, down, gate_up_bias, up_bias, down_bias, topk_weights };
-        run(py, || core::backward(grad, &call, &experts, gradients))?;
+        let kept = kept.as_ref().map(View::slice).transpose()?;
+        run(py, || core::backward(grad, &call, &experts, kept, gradients))?;
         if let Some(dw) = &mut dw {
             match layer.tokens.weights.dtype() {
                 Dtype::F32 => narrow(&sums, dw.slice_mut::<f32>()?),

@@ -35,7 +35,7 @@ mod _core {
     #[pymodule_export]
     use super::dispatch::{dispatch, pad_plan, padded_offsets};
     #[pymodule_export]
-    use super::experts::{experts, experts_backward, experts_stats, tile_name};
+    use super::experts::{experts, experts_backward, experts_extras, tile_name};
     #[pymodule_export]
     use super::grouped::{grouped_matmul, grouped_matmul_wgrad, grouped_sum, router_logits};
     #[pymodule_export]

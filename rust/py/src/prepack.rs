@@ -9,7 +9,7 @@ use crate::tensor::{Device, Pod, View};
 use crate::with_float;
 use ferromoe_core::Error;
 use ferromoe_core::experts::{
-    self as core, Activation, Experts, Format, Function, Packing, Tensors, batch_invariant,
+    self as core, Activation, Experts, Extras, Format, Function, Packing, Tensors, batch_invariant,
     set_batch_invariant,
 };
 use pyo3::prelude::*;
@@ -195,7 +195,7 @@ pub fn packed_experts<'py>(
         let call = tokens.call::<T>()?;
         let mut out = tokens.result(out, &[call.tokens, hidden_out], &tables)?;
         let values = out.slice_mut::<T>()?;
-        run(py, || core::forward(&call, &experts, values, None))?;
+        run(py, || core::forward(&call, &experts, values, Extras::default()))?;
         Ok(out.into_array())
     })
 }

@@ -142,6 +142,7 @@ pub fn experts_quantized_backward<'py>(
     let coded = [[gate_up, up, down], [gate_up_scale, up_scale, down_scale]];
     layer.coded = Some(CodedTables::new(layer.op, coded, (group, hidden), &layer.tokens.x)?);
     let needs = (needs.0, false, needs.1, needs.2);
-    let (dx, _, _, _, gate_up_bias, up_bias, down_bias, dw) = gradients(py, &layer, grad, needs)?;
+    let (dx, _, _, _, gate_up_bias, up_bias, down_bias, dw) =
+        gradients(py, &layer, grad, None, needs)?;
     Ok((dx, gate_up_bias, up_bias, down_bias, dw))
 }

@@ -1,5 +1,5 @@
-//! The layer's gradients. Only x, ids and weights are kept from the forward pass; the rest is
-//! computed again, to the same bits.
+//! The layer's gradients. Only x, ids and weights are kept from the forward pass, and what enters
+//! the activation where the caller has it; the rest is computed again, to the same bits.
 //!
 //! With `d = grad[t] · down` for a row of token t, and `m` the activation's value: the row's weight
 //! has the gradient `d · m` (plus `grad[t] · down_bias`), gate and up get the activation's slopes
@@ -9,7 +9,8 @@ use super::matrix::{Part, Projection};
 use super::product::{outer, product};
 use super::tile::{Choice, Operand, Tile, Tiled};
 use super::{
-    Call, Experts, Inputs, Plan, Rows, columns_per_task, grain, output_weight, summed, units,
+    Call, Experts, Inputs, Plan, Rows, check_activations, columns_per_task, grain, output_weight,
+    summed, units,
 };
 use crate::arena::{self, Scratch};
 use crate::dtype::Accumulator;
@@ -43,6 +44,8 @@ pub struct Gradients<'a, T: Element> {
 
 /// Writes the gradients for the gradient `grad` `[T, H_out]` of [`super::forward`]'s result.
 ///
+/// `activations` are what [`super::Extras`] says; without them they are computed again.
+///
 /// Experts without tokens get zero.
 ///
 /// # Panics
@@ -52,14 +55,18 @@ pub fn backward<T: Tiled>(
     grad: &[T],
     call: &Call<'_, T>,
     experts: &Experts<'_, T>,
+    activations: Option<&[T::Acc]>,
     out: Gradients<'_, T>,
 ) -> Result<()> {
     const OP: &str = "experts_backward";
     let plan = Plan::new(OP, call, experts)?;
     check_shape(OP, "grad", &[grad.len()], &[call.tokens * experts.hidden_out])?;
+    if let Some(activations) = activations {
+        check_activations(OP, activations, call, experts)?;
+    }
     match T::tiles(isa::chosen()?) {
-        Choice::Same(tile) => run(tile, tile, grad, call, experts, &plan, out),
-        Choice::Wide(tile, own) => run(tile, own, grad, call, experts, &plan, out),
+        Choice::Same(tile) => run(tile, tile, grad, call, experts, &plan, activations, out),
+        Choice::Wide(tile, own) => run(tile, own, grad, call, experts, &plan, activations, out),
     }
     Ok(())
 }
@@ -71,6 +78,7 @@ fn run<T: Tiled, A: Operand<T>>(
     call: &Call<'_, T>,
     experts: &Experts<'_, T>,
     plan: &Plan<T::Acc>,
+    activations: Option<&[T::Acc]>,
     mut out: Gradients<'_, T>,
 ) {
     let inputs = Inputs::<A>::new(call, plan);
@@ -78,7 +86,7 @@ fn run<T: Tiled, A: Operand<T>>(
         rows: Rows::<A>::new(grad, experts.hidden_out),
         by_token: Some(&plan.token_of_row),
     };
-    let mut state = middle(tile, call, experts, plan, &inputs, &grads);
+    let mut state = middle(tile, call, experts, plan, &inputs, &grads, activations);
 
     let on_input = call.weight_on_input && out.topk_weights.is_some();
     if let Some(dx) = out.x.take() {
@@ -140,6 +148,7 @@ fn middle<T: Tiled, A: Operand<T>>(
     plan: &Plan<T::Acc>,
     inputs: &Inputs<'_, A>,
     grads: &Inputs<'_, A>,
+    activations: Option<&[T::Acc]>,
 ) -> Middle<A, T::Acc> {
     let (rows, width) = (plan.rows(), experts.max_features());
     let (units, row_cuts) = units(&plan.offsets, UNIT);
@@ -177,13 +186,22 @@ fn middle<T: Tiled, A: Operand<T>>(
         let (count, input) = (features.len(), experts.input(unit.expert));
         let mut sums = arena::take::<T::Acc>(unit.rows.len() * 2 * count);
         let mut turned = vec![T::Acc::default(); 3 * count];
-        let rows = inputs.of(unit.rows.clone());
-        product(tile, &rows, &input, features.clone(), |row, run, a, b| {
-            let (gate, up) = input.gate_and_up(a, b, &mut turned);
-            let sums = &mut sums[row * 2 * count + run.start - base..];
-            sums[..gate.len()].copy_from_slice(gate);
-            sums[count..count + up.len()].copy_from_slice(up);
-        });
+        if let Some(kept) = activations {
+            let each = call.tokens * call.top_k * width;
+            for (sums, row) in sums.chunks_exact_mut(2 * count).zip(unit.rows.clone()) {
+                for (sums, kept) in sums.chunks_exact_mut(count).zip(kept.chunks_exact(each)) {
+                    sums.copy_from_slice(&kept[row * width..][features.clone()]);
+                }
+            }
+        } else {
+            let rows = inputs.of(unit.rows.clone());
+            product(tile, &rows, &input, features.clone(), |row, run, a, b| {
+                let (gate, up) = input.gate_and_up(a, b, &mut turned);
+                let sums = &mut sums[row * 2 * count + run.start - base..];
+                sums[..gate.len()].copy_from_slice(gate);
+                sums[count..count + up.len()].copy_from_slice(up);
+            });
+        }
         let output = experts.output(unit.expert).parts[0].expect("one part").matrix;
         let through = Projection::plain(output.flipped(), &[]);
         let rows = grads.of(unit.rows.clone());

@@ -3,7 +3,10 @@
 use super::product::product;
 use super::stats::{Notes, Statistics};
 use super::tile::{Choice, Operand, Tile, Tiled};
-use super::{Call, Experts, Inputs, Plan, columns_per_task, grain, output_weight, summed, units};
+use super::{
+    Call, Experts, Inputs, Plan, check_activations, columns_per_task, grain, output_weight, summed,
+    units,
+};
 use crate::arena::{self, Scratch};
 use crate::error::{Result, check_shape};
 use crate::grid::{Grid, cuts};
@@ -15,24 +18,37 @@ const UNIT: usize = 240;
 /// Bytes of weights that one task of the first stage reads, about.
 const TASK_BYTES: usize = 512 << 10;
 
+/// What [`forward`] gives beside its result, which has the same bits with and without.
+#[derive(Debug, Default)]
+pub struct Extras<'a, Acc> {
+    /// What every expert gave.
+    pub stats: Option<Statistics<'a, Acc>>,
+    /// `[parts, T * K, I]`, the first projection's parts (gate and up) as they enter the
+    /// activation, by plan row; with the widest expert's I, zero where there is nothing.
+    pub activations: Option<&'a mut [Acc]>,
+}
+
 /// `out[t] = Σ w[t, k] · expert_k(x[t])` over the slots with an expert, experts ascending.
 ///
-/// `out` is `[T, H_out]` and is overwritten; it has the same bits with and without `stats`.
+/// `out` is `[T, H_out]` and is overwritten.
 pub fn forward<T: Tiled>(
     call: &Call<'_, T>,
     experts: &Experts<'_, T>,
     out: &mut [T],
-    stats: Option<Statistics<'_, T::Acc>>,
+    extras: Extras<'_, T::Acc>,
 ) -> Result<()> {
     const OP: &str = "experts";
     let plan = Plan::new(OP, call, experts)?;
     check_shape(OP, "out", &[out.len()], &[call.tokens * experts.hidden_out])?;
-    if let Some(stats) = &stats {
+    if let Some(stats) = &extras.stats {
         stats.check(OP, experts.count())?;
     }
+    if let Some(activations) = &extras.activations {
+        check_activations(OP, activations, call, experts)?;
+    }
     match T::tiles(isa::chosen()?) {
-        Choice::Same(tile) => run(tile, call, experts, &plan, out, stats),
-        Choice::Wide(tile, _) => run(tile, call, experts, &plan, out, stats),
+        Choice::Same(tile) => run(tile, call, experts, &plan, out, extras),
+        Choice::Wide(tile, _) => run(tile, call, experts, &plan, out, extras),
     }
     Ok(())
 }
@@ -43,9 +59,9 @@ fn run<T: Tiled, A: Operand<T>>(
     experts: &Experts<'_, T>,
     plan: &Plan<T::Acc>,
     out: &mut [T],
-    stats: Option<Statistics<'_, T::Acc>>,
+    Extras { stats, activations }: Extras<'_, T::Acc>,
 ) {
-    let middle = first_stage(tile, call, experts, plan);
+    let middle = first_stage(tile, call, experts, plan, activations);
     let width = experts.hidden_out;
     let mut notes =
         stats.is_some().then(|| Notes::new(plan.rows(), experts.count(), width, tile.cols));
@@ -69,6 +85,7 @@ fn first_stage<T: Tiled, A: Operand<T>>(
     call: &Call<'_, T>,
     experts: &Experts<'_, T>,
     plan: &Plan<T::Acc>,
+    activations: Option<&mut [T::Acc]>,
 ) -> Scratch<A> {
     let inputs = Inputs::<A>::new(call, plan);
     let width = experts.max_features();
@@ -84,10 +101,21 @@ fn first_stage<T: Tiled, A: Operand<T>>(
     };
     let col_cuts = cuts(width, step);
     let grid = Grid::new(&mut middle, width, &row_cuts, &col_cuts);
+    let kept: Vec<_> = activations
+        .into_iter()
+        .flat_map(|all| {
+            if plan.rows() < call.tokens * call.top_k || !experts.all_as_wide() {
+                all.fill(T::Acc::default());
+            }
+            all.chunks_exact_mut((call.tokens * call.top_k * width).max(1))
+        })
+        .map(|part| Grid::new(part, width, &row_cuts, &col_cuts))
+        .collect();
     let rows_per_unit = plan.rows().div_ceil(units.len().max(1));
     let work = 2 * call.hidden * step.min(width) * rows_per_unit;
     threads::for_each(grid.cells(), grain(work), |index| {
         let mut cell = grid.cell(index);
+        let mut kept: Vec<_> = kept.iter().map(|part| part.cell(index)).collect();
         let unit = &units[index / grid.across()];
         let features = cell.cols.start..cell.cols.end.min(experts.features(unit.expert));
         if features.is_empty() {
@@ -103,7 +131,11 @@ fn first_stage<T: Tiled, A: Operand<T>>(
             features,
             |row, run, first, second| {
                 let (gate, up) = input.gate_and_up(first, second, &mut turned);
-                let out = &mut cell.row(unit.rows.start + row)[run.start - base..run.end - base];
+                let (row, run) = (unit.rows.start + row, run.start - base..run.end - base);
+                for (kept, part) in kept.iter_mut().zip([&*gate, &*up]) {
+                    kept.row(row)[run.clone()].copy_from_slice(part);
+                }
+                let out = &mut cell.row(row)[run];
                 tile.activate(&experts.activation, gate, up, out);
             },
         );

@@ -25,7 +25,7 @@ pub mod weights;
 pub use activation::{Activation, Function};
 
 pub use backward::{Gradients, backward};
-pub use forward::forward;
+pub use forward::{Extras, forward};
 pub use grouped::{grouped_matmul, grouped_sum, grouped_wgrad, router_logits};
 pub use panels::{Format, prepack};
 pub use stats::Statistics;
@@ -177,6 +177,17 @@ impl<Acc: Accumulator> Plan<Acc> {
 /// What the result of a row is multiplied by.
 fn output_weight<T: Element>(call: &Call<'_, T>, plan: &Plan<T::Acc>, row: usize) -> T::Acc {
     if call.weight_on_input { T::Acc::from_f64(1.0) } else { plan.weight_of_row[row] }
+}
+
+/// Fails on kept activations of another size than `[parts, T * K, I]`.
+fn check_activations<T: Element>(
+    op: &'static str,
+    activations: &[T::Acc],
+    call: &Call<'_, T>,
+    experts: &Experts<'_, T>,
+) -> Result<()> {
+    let len = experts.linear_parts() * call.tokens * call.top_k * experts.max_features();
+    check_shape(op, "activations", &[activations.len()], &[len])
 }
 
 /// Consecutive rows of one expert, at most a fixed number of them.

@@ -77,7 +77,7 @@ impl Layer {
 
     fn forward(&self) -> Vec<f32> {
         let mut out = vec![f32::NAN; TOKENS * HIDDEN];
-        forward(&self.call(), &self.experts(), &mut out, None).unwrap();
+        forward(&self.call(), &self.experts(), &mut out, Extras::default()).unwrap();
         out
     }
 }
@@ -92,7 +92,8 @@ impl Layer {
         let mut sums = [(); 3].map(|()| vec![f32::NAN; EXPERTS]);
         let [max_abs, sum_squares, weighted_norms] = &mut sums;
         let stats = Statistics { counts: &mut counts, max_abs, sum_squares, weighted_norms };
-        forward(&self.call(), &self.experts(), &mut out, Some(stats)).unwrap();
+        let extras = Extras { stats: Some(stats), activations: None };
+        forward(&self.call(), &self.experts(), &mut out, extras).unwrap();
         (out, counts, sums)
     }
 }
@@ -157,7 +158,7 @@ fn gradients_have_the_same_bits_too_and_zeros_for_idle_experts() {
             topk_weights: Some(&mut topk_weights),
             ..Gradients::default()
         };
-        backward(&grad, &layer.call(), &layer.experts(), out).unwrap();
+        backward(&grad, &layer.call(), &layer.experts(), None, out).unwrap();
         [dx, gate_up, down, topk_weights]
     };
     let (many, one) = (run(), alone(run));
@@ -222,7 +223,7 @@ fn packed_forward(layer: &Layer, tokens: usize) -> Vec<f32> {
         topk_weights: TopkWeights::Float(&layer.topk_weights[..tokens * TOP_K]),
         ..layer.call()
     };
-    forward(&call, &experts, &mut out, None).unwrap();
+    forward(&call, &experts, &mut out, Extras::default()).unwrap();
     out
 }
 
@@ -243,7 +244,7 @@ fn an_id_that_is_no_expert_is_told_with_its_slot() {
     let mut layer = Layer::new();
     layer.ids[7] = 5;
     let mut out = vec![0.0; TOKENS * HIDDEN];
-    let error = forward(&layer.call(), &layer.experts(), &mut out, None).unwrap_err();
+    let error = forward(&layer.call(), &layer.experts(), &mut out, Extras::default()).unwrap_err();
     assert_eq!(error.to_string(), "experts: topk_ids must lie in -1..4, got 5 at slot 7");
 }
 

@@ -279,6 +279,16 @@ impl<'a, T: Element> Experts<'a, T> {
         self.max_features
     }
 
+    /// Whether every expert is as wide as the widest.
+    pub fn all_as_wide(&self) -> bool {
+        (1..self.count()).all(|e| self.features(e) == self.features(0))
+    }
+
+    /// Values that the activation makes one of: gate and up, or one.
+    pub fn linear_parts(&self) -> usize {
+        if self.packing == Packing::Ungated { 1 } else { 2 }
+    }
+
     /// From x to the features of expert `e`.
     pub fn input(&self, e: usize) -> Projection<'a, T> {
         let matrix = self.matrix(Which::GateUp, e);
