@@ -16,7 +16,8 @@ from ._op import current_backend
 if TYPE_CHECKING:
     from ._op import Operator
 
-is_compiling = torch.compiler.is_compiling
+# While torch.export traces without Dynamo a mode is active, which sends calls the same way.
+is_compiling = torch.compiler.is_dynamo_compiling
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 

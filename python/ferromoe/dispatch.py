@@ -103,7 +103,8 @@ def dispatch(topk_ids: Any, *, num_experts: int, sentinel: int | None = None) ->
     tensor([[ 1,  0],
             [ 2, -1]], dtype=torch.int32)
     """
-    _check.integers("dispatch", num_experts=num_experts, sentinel=sentinel)
+    if type(num_experts) is not int or sentinel is not None:  # small calls feel the check
+        _check.integers("dispatch", num_experts=num_experts, sentinel=sentinel)
     return Dispatch(*_dispatch(topk_ids, num_experts, sentinel))
 
 

@@ -13,6 +13,8 @@ const OP: &str = "dispatch";
 
 /// Slots that pay for waking another thread.
 const CHUNK: usize = 16 << 10;
+/// Integers of two cache lines, which processors fetch in pairs.
+const CACHE_LINES: usize = 32;
 
 /// Sorts the slots of `ids [T * K]` by expert.
 ///
@@ -56,11 +58,13 @@ pub fn dispatch<I: Copy + Into<i64> + Sync>(
     }
     let chunks = threads::num_threads().min(slots / CHUNK).max(1);
     let chunk = slots.div_ceil(chunks).max(1);
-    let bins = num_experts + 1;
+    // The last bin counts slots without an expert. Two threads' bins lie apart: in one cache line,
+    // every count of one would wait for the other's.
+    let bins = num_experts + 1 + CACHE_LINES;
     let mut next = vec![0; chunks * bins];
     for_each_chunk(&mut next, bins, 1, |index, counts| {
         let begin = (index * chunk).min(slots);
-        count(&ids[begin..(begin + chunk).min(slots)], counts);
+        count(&ids[begin..(begin + chunk).min(slots)], &mut counts[..=num_experts]);
     });
     if next.chunks(bins).any(|counts| counts[num_experts] > 0) {
         check_ids(ids, num_experts, sentinel)?;
